@@ -1,0 +1,97 @@
+"""Divisions of a time interval into cells.
+
+Cells are numbered from the left, from zero; edge `i` is the left end of cell `i`. A
+time becomes the number of an edge in one direction, and an edge a time in the other,
+neither with a loop, as both are done in every step of a solve.
+"""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class AbstractCells(eqx.Module):
+    """A division of `[edge(0), edge(count)]` into `count` cells."""
+
+    count: eqx.AbstractVar[Int[Array, ""]]
+
+    @abc.abstractmethod
+    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        """The time of edge `i`, for `i` in `0, ..., count`."""
+
+    @abc.abstractmethod
+    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        """The length of cell `i`, more precisely than as a difference of edges."""
+
+    @abc.abstractmethod
+    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+        """The number of the edge nearest to a time."""
+
+
+class ConstantStepCells(AbstractCells):
+    """The steps of a forward solve with `diffrax.ConstantStepSize`.
+
+    This rounds `dt` down such that a whole number of steps fits into the interval: all
+    steps have length `(t1 - t0) / count`. Only the first one ends at `t0 + dt`
+    nonetheless, which is elsewhere if `dt` did not divide the interval.
+    """
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    dt: Float[Array, ""]
+    count: Int[Array, ""]
+
+    def __init__(
+        self, t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""]
+    ):
+        self.t0 = t0
+        self.t1 = t1
+        self.dt = dt
+        # Just above `dt`, so that rounding in the quotient does not add a step.
+        above_dt = jnp.nextafter(dt, jnp.inf)
+        self.count = jnp.ceil((t1 - t0) / above_dt).astype(jnp.int32)
+
+    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        fraction = i.astype(self.t0.dtype) / self.count.astype(self.t0.dtype)
+        edge = self.t0 + (self.t1 - self.t0) * fraction
+        edge = jnp.where(i == 1, self.t0 + self.dt, edge)
+        return jnp.where(i == self.count, self.t1, edge)
+
+    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        even = (self.t1 - self.t0) / self.count.astype(self.t0.dtype)
+        length = jnp.where(i == 0, self.dt, even)
+        length = jnp.where(i == 1, even + (even - self.dt), length)
+        return jnp.where(self.count == 1, self.t1 - self.t0, length)
+
+    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+        count = self.count.astype(self.t0.dtype)
+        i = jnp.round((t - self.t0) / (self.t1 - self.t0) * count)
+        i = jnp.clip(i.astype(jnp.int32), 0, self.count)
+        # Edge 1 can lie anywhere between its even place and that of edge 2.
+        one = jnp.ones_like(i)
+        is_one = jnp.abs(t - self.edge(one)) < jnp.abs(t - self.edge(i))
+        return jnp.where(is_one, one, i)
+
+
+class ListedCells(AbstractCells):
+    """Cells with given, strictly increasing edges."""
+
+    edges: Float[Array, " edges"]
+
+    @property
+    def count(self) -> Int[Array, ""]:
+        return jnp.asarray(len(self.edges) - 1, jnp.int32)
+
+    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        return self.edges[i]
+
+    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+        return self.edges[i + 1] - self.edges[i]
+
+    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+        i = jnp.searchsorted(self.edges, t, method="scan_unrolled").astype(jnp.int32)
+        i = jnp.clip(i, 1, self.count)
+        is_left = t - self.edges[i - 1] < self.edges[i] - t
+        return jnp.where(is_left, i - 1, i)

@@ -1,0 +1,67 @@
+"""The interface of a solver whose steps can be undone."""
+
+import abc
+from typing import TypeVar
+
+import diffrax
+from jaxtyping import PyTree
+
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+
+
+_SolverState = TypeVar("_SolverState")
+
+
+class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
+    """Abstract base class for solvers whose steps can be undone algebraically.
+
+    Subclass this, and implement [`diffrax.AbstractSolver`][] and `backward_step`, to use
+    a solver of your own with [`diffrax_sde_adjoint.StochasticAdjoint`][]. Nothing else
+    is asked of it: the adjoint differentiates `step` by itself.
+
+    What is asked of `backward_step` is that it be the inverse of `step`. With
+    ```python
+    y1, _, _, state1, _ = solver.step(terms, t0, t1, y0, args, state0, made_jump)
+    y0_, _, state0_, _ = solver.backward_step(
+        terms, t0, t1, y1, args, state1, made_jump
+    )
+    ```
+    then `(y0_, state0_)` should equal `(y0, state0)` up to rounding, as gradients are
+    evaluated at `(y0_, state0_)`.
+    """
+
+    @abc.abstractmethod
+    def backward_step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, DenseInfo, _SolverState, diffrax.RESULTS]:
+        """Undo a single step of the solver.
+
+        `0` and `1` always mean the left and right end of the step, here as in `step`.
+
+        **Arguments:**
+
+        - `terms`: the PyTree of terms representing the vector fields and controls.
+        - `t0`: the start of the interval that the step was made over.
+        - `t1`: the end of the interval that the step was made over.
+        - `y1`: the value of the solution at `t1`.
+        - `args`: any extra arguments passed to the vector field.
+        - `solver_state`: the state of the solver at `t1`.
+        - `made_jump`: whether there was a discontinuity in the vector field at `t0`; the
+            value that `step` was called with.
+
+        **Returns:**
+
+        A tuple of several objects:
+
+        - The value of the solution at `t0`.
+        - The `dense_info` that `step` returned for this step.
+        - The state of the solver at `t0`.
+        - A [`diffrax.RESULTS`][] saying whether the step could be undone.
+        """

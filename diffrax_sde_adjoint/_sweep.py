@@ -1,0 +1,148 @@
+"""The backward sweep: the gradient of a solve, from its end and its tape.
+
+From the last step to the first,
+
+1. undo the step, for the state at its start: `solver.backward_step`;
+2. add what was saved within the step to the cotangent of its outputs (`_saves.py`);
+3. pull the cotangent of its outputs back through `solver.step`, to its inputs: the state
+   at its start, for the step before, and `args` and `terms`, whose cotangents add up.
+
+The state at a step's start is that of the forward solve up to rounding, so what this
+returns is the gradient of the numerical solution. Memory is a state and a cotangent,
+whatever the number of steps. A step costs a `backward_step` and a VJP of a `step`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PyTree
+
+from ._compat import Args, Y
+from ._saves import SavedCotangents
+from ._solver import AbstractReversibleSolver
+from ._tape import Tape
+
+
+class Cotangents(eqx.Module):
+    """The cotangents that a sweep carries from the right to the left.
+
+    Each has the structure of what it is a cotangent of, with `None` for every leaf that
+    is not differentiated.
+    """
+
+    y: Y
+    solver_state: PyTree[Array | None]
+    args: PyTree[Array | None]
+    terms: PyTree[Array | None]
+
+
+class _Carry(eqx.Module):
+    num_ts_left: Int[Array, ""]
+    y: Y
+    solver_state: PyTree[Any]
+    grads: Cotangents
+    result: diffrax.RESULTS
+
+
+def sweep(
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: AbstractReversibleSolver,
+    args: Args,
+    tape: Tape,
+    saved: SavedCotangents,
+    y1: Y,
+    solver_state1: PyTree[Any],
+    grad_solver_state1: PyTree[Array | None],
+    perturbed_args: PyTree[bool],
+    perturbed_terms: PyTree[bool],
+) -> tuple[Cotangents, diffrax.RESULTS]:
+    """Pulls the cotangents of a solve's outputs back to its inputs.
+
+    `y1` and `solver_state1` are what the solve ended with. Returns the cotangents of
+    what it started with, and whether all of its steps could be undone.
+    """
+    diff_args, nondiff_args = eqx.partition(args, perturbed_args)
+    diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
+
+    def undo_step(t0: Array, t1: Array, carry: _Carry) -> _Carry:
+        y0, dense_info, solver_state0, result = solver.backward_step(
+            terms, t0, t1, carry.y, args, carry.solver_state, False
+        )
+        grad_dense_info, num_ts_left = saved.grad_dense_info(
+            solver.interpolation_cls, t0, t1, dense_info, carry.num_ts_left
+        )
+        diff_state0, nondiff_state0 = eqx.partition(
+            solver_state0, eqx.is_inexact_array
+        )
+
+        def step(y0, diff_state0, diff_args, diff_terms):
+            y1, _, dense_info, solver_state1, _ = solver.step(
+                eqx.combine(diff_terms, nondiff_terms),
+                t0,
+                t1,
+                y0,
+                eqx.combine(diff_args, nondiff_args),
+                eqx.combine(diff_state0, nondiff_state0),
+                False,
+            )
+            return y1, dense_info, eqx.filter(solver_state1, eqx.is_inexact_array)
+
+        _, pullback = jax.vjp(step, y0, diff_state0, diff_args, diff_terms)
+        grad_y0, grad_state0, grad_args, grad_terms = pullback(
+            (carry.grads.y, grad_dense_info, carry.grads.solver_state)
+        )
+        grads = Cotangents(
+            grad_y0,
+            grad_state0,
+            _add(carry.grads.args, grad_args),
+            _add(carry.grads.terms, grad_terms),
+        )
+        result = diffrax.RESULTS.where(
+            diffrax.is_okay(carry.result), result, carry.result
+        )
+        return _Carry(num_ts_left, y0, solver_state0, grads, result)
+
+    def undo_page(i: Int[Array, ""], carry: _Carry) -> _Carry:
+        page = tape.pages[i]
+        return _backwards(
+            tape.num_steps_on_page(i),
+            lambda k, carry: undo_step(page[k], page[k + 1], carry),
+            carry,
+        )
+
+    zero_y = jtu.tree_map(jnp.zeros_like, y1)
+    carry = _Carry(
+        saved.num_ts,
+        y1,
+        solver_state1,
+        Cotangents(
+            saved.grad_final_y(zero_y),
+            grad_solver_state1,
+            jtu.tree_map(jnp.zeros_like, diff_args),
+            jtu.tree_map(jnp.zeros_like, diff_terms),
+        ),
+        diffrax.RESULTS.successful,
+    )
+    carry = _backwards(tape.num_pages, undo_page, carry)
+    grad_y0 = saved.add_grad_initial_y(carry.grads.y, carry.num_ts_left)
+    grads = eqx.tree_at(lambda g: g.y, carry.grads, grad_y0)
+    return grads, carry.result
+
+
+def _backwards(
+    num: Int[Array, ""],
+    body_fun: Callable[[Int[Array, ""], _Carry], _Carry],
+    carry: _Carry,
+) -> _Carry:
+    """`body_fun` for `num - 1`, ..., `0`."""
+    return lax.fori_loop(0, num, lambda i, carry: body_fun(num - 1 - i, carry), carry)
+
+
+def _add(a: PyTree[Array | None], b: PyTree[Array | None]) -> PyTree[Array | None]:
+    return jtu.tree_map(lambda x, y: x + y, a, b)
