@@ -16,11 +16,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._compat import (
+    State,
     is_unsafe_sde,
     nondifferentiable,
     nondifferentiable_backward,
     save_y,
-    State,
 )
 from ._saves import SavedCotangents
 from ._solver import AbstractReversibleSolver, ReversibleHeun
@@ -35,9 +35,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     """Backpropagate through [`diffrax.diffeqsolve`][] by undoing its steps.
 
     Gradients are those of the numerical solution, as for
-    [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its; memory does
-    not grow with the number of steps, but for the time of each (4 bytes in float32).
-    Going back through a step costs undoing it and one VJP of it.
+    [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its; memory
+    does not grow with the number of steps, but for the time of each (4 bytes in
+    float32). Going back through a step costs undoing it and one VJP of it.
 
     ```python
     diffeqsolve(..., solver=ReversibleHeun(), adjoint=StochasticAdjoint())
@@ -45,15 +45,16 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
     This needs a solver whose steps can be undone: any
     [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
-    [`diffrax_sde_adjoint.ReversibleHeun`][]. For convenience, [`diffrax.ReversibleHeun`][]
-    is accepted too, and replaced by the latter. Any terms that the solver accepts can be
-    used: SDEs, ODEs and CDEs. Brownian paths have to give the same value when queried
-    again, as [`diffrax_sde_adjoint.BrownianInterval`][] does.
+    [`diffrax_sde_adjoint.ReversibleHeun`][]. For convenience,
+    [`diffrax.ReversibleHeun`][] is accepted too, and replaced by the latter. Any terms
+    that the solver accepts can be used: SDEs, ODEs and CDEs. Brownian paths have to
+    give the same value when queried again, as
+    [`diffrax_sde_adjoint.BrownianInterval`][] does.
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`, and
     every floating-point array inside `terms`. Differentiating with respect to anything
-    else is an error. As an example, that includes an array that a vector field refers to
-    by closure: pass it through `args`, or make the vector field an
+    else is an error. As an example, that includes an array that a vector field refers
+    to by closure: pass it through `args`, or make the vector field an
     [`equinox.Module`][].
 
     ??? info "What is not supported"
@@ -152,8 +153,8 @@ def _check_supported(
 ) -> None:
     if is_unsafe_sde(terms):
         raise ValueError(
-            "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, as it "
-            "cannot be evaluated again. Use `diffrax_sde_adjoint.BrownianInterval`, "
+            "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, as "
+            "it cannot be evaluated again. Use `diffrax_sde_adjoint.BrownianInterval`, "
             "which costs the same."
         )
     if not isinstance(solver, AbstractReversibleSolver):
@@ -168,9 +169,7 @@ def _check_supported(
     subs = saveat.subs
     unsupported = {
         f"`stepsize_controller={type(stepsize_controller).__name__}(...)`": not (
-            isinstance(
-                stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo
-            )
+            isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo)
         ),
         "`event=...`": event is not None,
         "`SaveAt(subs=...)`": not is_subsaveat(subs),
@@ -231,8 +230,8 @@ def _solve_fwd(
         raise ValueError(
             "Cannot differentiate `diffeqsolve(..., max_steps=None, "
             "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory to "
-            "allocate for the times of the steps. Pass a bound as `max_steps`, which may "
-            "be generous: it costs the size of one floating-point number a step."
+            "allocate for the times of the steps. Pass a bound as `max_steps`, which "
+            "may be generous: it costs the size of one floating-point number a step."
         )
     y0, solver_state0, args, terms = vjp_arg
     final_state, aux_stats, tape = loop_and_record(

@@ -8,11 +8,11 @@ for; `tests/test_compat.py` checks what is assumed about each.
 # The annotations of diffrax's own interfaces. Methods that implement an interface of
 # diffrax have to accept just what diffrax's accept, and none of these names is public.
 from diffrax._custom_types import (
+    VF as VF,
     Args as Args,
     BoolScalarLike as BoolScalarLike,
     DenseInfo as DenseInfo,
     RealScalarLike as RealScalarLike,
-    VF as VF,
     Y as Y,
 )
 

@@ -21,8 +21,8 @@ from ._compat import DenseInfo, RealScalarLike, Y
 class SavedCotangents(eqx.Module):
     """The cotangents of a solve's saved outputs.
 
-    `grad_ys` has a leading axis over the buffer of outputs. `num_ts` is how many of `ts`
-    were reached (all of them, unless the solve failed).
+    `grad_ys` has a leading axis over the buffer of outputs. `num_ts` is how many of
+    `ts` were reached (all of them, unless the solve failed).
     """
 
     t0: bool = eqx.field(static=True)
@@ -74,8 +74,8 @@ class SavedCotangents(eqx.Module):
         return lax.while_loop(is_in_step, add_grad, (grads, num_left))
 
     def add_grad_initial_y(self, grad_y0: Y, num_left: Int[Array, ""]) -> Y:
-        """Adds the cotangents of those outputs that were saved before the first step, or
-        at its very start, of which there are `num_left` beside `SaveAt(t0=True)`.
+        """Adds the cotangents of the outputs that were saved before the first step, or
+        at its very start: `num_left` of them, beside that of `SaveAt(t0=True)`.
         """
         num_initial = num_left + self.t0
 

@@ -4,8 +4,9 @@ From the last step to the first,
 
 1. undo the step, for the state at its start: `solver.backward_step`;
 2. add what was saved within the step to the cotangent of its outputs (`_saves.py`);
-3. pull the cotangent of its outputs back through `solver.step`, to its inputs: the state
-   at its start, for the step before, and `args` and `terms`, whose cotangents add up.
+3. pull the cotangent of its outputs back through `solver.step`, to its inputs: the
+   state at its start, for the step before, and `args` and `terms`, whose cotangents add
+   up.
 
 The state at a step's start is that of the forward solve up to rounding, so what this
 returns is the gradient of the numerical solution. Memory is a state and a cotangent,
@@ -77,9 +78,7 @@ def sweep(
         grad_dense_info, num_ts_left = saved.grad_dense_info(
             solver.interpolation_cls, t0, t1, dense_info, carry.num_ts_left
         )
-        diff_state0, nondiff_state0 = eqx.partition(
-            solver_state0, eqx.is_inexact_array
-        )
+        diff_state0, nondiff_state0 = eqx.partition(solver_state0, eqx.is_inexact_array)
 
         def step(y0, diff_state0, diff_args, diff_terms):
             y1, _, dense_info, solver_state1, _ = solver.step(

@@ -3,11 +3,11 @@
 Only the times of accepted steps are recorded, one number a step. It is all that has to
 be known of the forward solve, beside its end, to go back through its very steps.
 
-The tape is cut into pages, and both the forward loop and the sweep are two nested loops:
-over pages, and over the steps of a page. An inner loop handles one page alone. This is
-for speed only. XLA runs the operations of a loop's body on the CPU one after the other
-if none of them touches a large array (512 bytes), and otherwise through a scheduler,
-which takes several times longer than a step of a small solve.
+The tape is cut into pages, and both the forward loop and the sweep are two nested
+loops: over pages, and over the steps of a page. An inner loop handles one page alone.
+This is for speed only. XLA runs the operations of a loop's body on the CPU one after
+the other if none of them touches a large array (512 bytes), and otherwise through a
+scheduler, which takes several times longer than a step of a small solve.
 """
 
 import math

@@ -79,10 +79,11 @@ class ListedCells(AbstractCells):
     """Cells with given, strictly increasing edges."""
 
     edges: Float[Array, " edges"]
+    count: Int[Array, ""]
 
-    @property
-    def count(self) -> Int[Array, ""]:
-        return jnp.asarray(len(self.edges) - 1, jnp.int32)
+    def __init__(self, edges: Float[Array, " edges"]):
+        self.edges = edges
+        self.count = jnp.asarray(len(edges) - 1, jnp.int32)
 
     def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
         return self.edges[i]

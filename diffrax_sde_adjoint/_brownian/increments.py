@@ -48,6 +48,8 @@ def join(
     return jtu.tree_map(lambda a, b: a + b, left, right)
 
 
-def _lengths(dt: Float[Array, ""], shape: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+def _lengths(
+    dt: Float[Array, ""], shape: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[Array]:
     # A complex path has real lengths.
     return jtu.tree_map(lambda x: dt.astype(jnp.finfo(x.dtype).dtype), shape)

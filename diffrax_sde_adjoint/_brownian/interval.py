@@ -6,8 +6,9 @@ intervals are independent, that is all there is to a path known at the edges of 
 cells: the increment over a union of cells is the join of theirs. Nothing is stored, and
 every value can be drawn again in any order.
 
-A step of a solver with fixed steps is one cell, if the cells are its steps. So that such
-a step costs one draw, the query of one cell is a branch of its own, without a loop.
+A step of a solver with fixed steps is one cell, if the cells are its steps. So that
+such a step costs one draw, the query of one cell is a branch of its own, without a
+loop.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
 
-from .._compat import nondifferentiable, RealScalarLike
+from .._compat import RealScalarLike, nondifferentiable
 from .._errors import error_if
 from . import increments
 from .cells import AbstractCells, ConstantStepCells, ListedCells
@@ -57,8 +58,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
         [`diffrax.ConstantStepSize`][] makes `n = ceil((t1 - t0) / dt0)` steps, of equal
         length but for the first two, which meet at `t0 + dt0`. These are the cells. The
-        steps of a solve backwards in time are the mirror image of this; so if `dt0` does
-        not divide the interval, such a solve needs [`diffrax.StepTo`][] and `ts=`.
+        steps of a solve backwards in time are the mirror image of this; so if `dt0`
+        does not divide the interval, such a solve needs [`diffrax.StepTo`][] and `ts=`.
 
     !!! info "Derivatives"
 
@@ -149,8 +150,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         - `t1`: the end of the query. If not passed, then the query is from the start of
             the path to `t0`: the value of the path at `t0`, which starts at zero.
         - `left`: ignored, as Brownian motion has no jumps.
-        - `use_levy`: whether to return a [`diffrax.BrownianIncrement`][] instead of just
-            the increment `W`.
+        - `use_levy`: whether to return a [`diffrax.BrownianIncrement`][] instead of
+            just the increment `W`.
 
         **Returns:**
 
@@ -165,14 +166,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         NaN, or if `t0 > t1`.
         """
         del left
-        if t1 is None:
-            t0, t1 = self.t0, t0
-        t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
+        query = (self.t0, t0) if t1 is None else (t0, t1)
+        query = nondifferentiable(query, name="The times of a Brownian increment")
         cells = lax.stop_gradient(self._cells)
         # Rounding is to be forgiven in the coarser dtype of the query and the path.
-        eps = max(jnp.finfo(x).eps for x in (_time_dtype(t0, t1), self.t0.dtype))
-        tol = _tolerance(self.t0, self.t1, eps)
-        t0, t1 = jnp.asarray(t0, self.t0.dtype), jnp.asarray(t1, self.t0.dtype)
+        tol = _tolerance(self.t0, self.t1, _time_dtype(*query))
+        t0, t1 = (jnp.asarray(t, self.t0.dtype) for t in query)
 
         first = cells.nearest_edge(t0)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
@@ -223,17 +222,17 @@ different ways are different paths, even for the same key.
 
 **Raises:**
 
-`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt` or `ts` outside
-of what is said above, or a `shape` with integer dtypes. `NotImplementedError` for other
-`levy_area`s. If the offending value is traced by JAX, an error when run.
+`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt` or `ts`
+outside of what is said above, or a `shape` with integer dtypes. `NotImplementedError`
+for other `levy_area`s. If the offending value is traced by JAX, an error when run.
 """
 
 _not_a_union_of_cells = (
     "`BrownianInterval.evaluate(t0, t1)` was queried over an interval that is not a "
-    "union of the cells of the path. Pass to `BrownianInterval` the steps of the solve: "
-    "`dt=...` for `diffrax.ConstantStepSize`, or `ts=...` for `diffrax.StepTo`; also "
-    "check that the query has `t0 <= t1`, within the interval of the path. (If `dt` does "
-    "not divide the interval then the steps of a solve backwards in time are others than "
+    "union of the cells of the path. Pass the steps of the solve to the path: `dt=...` "
+    "for `diffrax.ConstantStepSize`, or `ts=...` for `diffrax.StepTo`. Also check that "
+    "the query has `t0 <= t1`, within the interval of the path. (If `dt` does not "
+    "divide the interval, then the steps of a solve backwards in time differ from "
     "those of a solve forwards in time; see the documentation of `BrownianInterval`.) "
     "For other queries use `diffrax.VirtualBrownianTree`."
 )
@@ -246,7 +245,7 @@ def _constant_step_cells(
     # A step that was computed as the length of the interval may be rounded upwards.
     dt = error_if(
         dt,
-        lambda: dt > t1 - t0 + _tolerance(t0, t1, jnp.finfo(t0.dtype).eps),
+        lambda: dt > t1 - t0 + _tolerance(t0, t1, t0.dtype),
         "`BrownianInterval(dt=...)` must be at most the length of the interval, "
         "`t1 - t0`.",
     )
@@ -287,6 +286,7 @@ def _time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
 
 
 def _tolerance(
-    t0: Float[Array, ""], t1: Float[Array, ""], eps: float
+    t0: Float[Array, ""], t1: Float[Array, ""], query_dtype: jnp.dtype
 ) -> Float[Array, ""]:
+    eps = max(float(jnp.finfo(x).eps) for x in (t0.dtype, query_dtype))
     return _ULPS * eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1))

@@ -15,9 +15,9 @@ _SolverState = TypeVar("_SolverState")
 class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
     """Abstract base class for solvers whose steps can be undone algebraically.
 
-    Subclass this, and implement [`diffrax.AbstractSolver`][] and `backward_step`, to use
-    a solver of your own with [`diffrax_sde_adjoint.StochasticAdjoint`][]. Nothing else
-    is asked of it: the adjoint differentiates `step` by itself.
+    Subclass this, and implement [`diffrax.AbstractSolver`][] and `backward_step`, to
+    use a solver of your own with [`diffrax_sde_adjoint.StochasticAdjoint`][]. Nothing
+    else is asked of it: the adjoint differentiates `step` by itself.
 
     What is asked of `backward_step` is that it be the inverse of `step`. With
     ```python
@@ -53,8 +53,8 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         - `y1`: the value of the solution at `t1`.
         - `args`: any extra arguments passed to the vector field.
         - `solver_state`: the state of the solver at `t1`.
-        - `made_jump`: whether there was a discontinuity in the vector field at `t0`; the
-            value that `step` was called with.
+        - `made_jump`: whether there was a discontinuity in the vector field at `t0`;
+            the value that `step` was called with.
 
         **Returns:**
 

@@ -24,7 +24,7 @@ import diffrax
 import jax.lax as lax
 import jax.tree_util as jtu
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._compat import VF, Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .base import AbstractReversibleSolver
 
 
@@ -126,9 +126,7 @@ class ReversibleHeun(
             lambda y, dy: y + dy, y0, _mean_prod(terms, vf0, vf1, control)
         )
         vf_difference = jtu.tree_map(lambda a, b: b - a, vf0, vf1)
-        y1_error = jtu.tree_map(
-            lambda x: 0.5 * x, terms.prod(vf_difference, control)
-        )
+        y1_error = jtu.tree_map(lambda x: 0.5 * x, terms.prod(vf_difference, control))
         dense_info = dict(y0=y0, y1=y1)
         return y1, y1_error, dense_info, (yhat1, vf1), diffrax.RESULTS.successful
 
