@@ -157,13 +157,17 @@ def _check_supported(
             "it cannot be evaluated again. Use `diffrax_sde_adjoint.BrownianInterval`, "
             "which costs the same."
         )
-    if not isinstance(solver, AbstractReversibleSolver):
-        kind = "the Itô solver" if isinstance(solver, diffrax.AbstractItoSolver) else ""
+    # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
+    if not issubclass(type(solver), AbstractReversibleSolver):
+        kind = (
+            "Itô solver" if isinstance(solver, diffrax.AbstractItoSolver) else "solver"
+        )
         raise NotImplementedError(
-            f"`adjoint=StochasticAdjoint()` does not support {kind or 'the solver'} "
+            f"`adjoint=StochasticAdjoint()` does not support the {kind} "
             f"`{type(solver).__name__}`, as its steps cannot be undone. Use "
             "`solver=diffrax_sde_adjoint.ReversibleHeun()` (which solves Stratonovich "
-            f"SDEs), or an `AbstractReversibleSolver` of your own. Or: {_instead}"
+            "SDEs), or an `AbstractReversibleSolver` of your own, or "
+            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
         )
     is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
     subs = saveat.subs
@@ -172,8 +176,8 @@ def _check_supported(
             isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo)
         ),
         "`event=...`": event is not None,
-        "`SaveAt(subs=...)`": not is_subsaveat(subs),
         "`SaveAt(dense=True)`": saveat.dense,
+        "`SaveAt(subs=...)`": not is_subsaveat(subs),
         "`SaveAt(steps=...)`": is_subsaveat(subs) and subs.steps != 0,
         "`SaveAt(fn=...)`": is_subsaveat(subs) and subs.fn is not save_y,
         "`made_jump=...`": init_state.made_jump is not False,

@@ -22,6 +22,6 @@ def error_if(x: _T, pred: Callable[[], Bool[ArrayLike, "..."]], msg: str) -> _T:
         is_error = pred()
     if isinstance(is_error, jax.core.Tracer):
         return eqx.error_if(x, is_error, msg)
-    if np.any(is_error):
+    if np.asarray(is_error).any():
         raise ValueError(msg)
     return x

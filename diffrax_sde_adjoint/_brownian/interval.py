@@ -70,10 +70,13 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
-    shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
     levy_area: type[diffrax.BrownianIncrement] = eqx.field(static=True)
     key: PRNGKeyArray
     _cells: AbstractCells
+    # Flattened, as a static field has to be hashable and a PyTree need not be.
+    _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], jtu.PyTreeDef] = eqx.field(
+        static=True
+    )
 
     def __init__(
         self,
@@ -95,30 +98,32 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         if dt is not None and ts is not None:
             raise ValueError("`BrownianInterval` takes either `dt` or `ts`, not both.")
 
-        # Keeps values that are known known, so that they are checked right here.
+        given = [x for x in (t0, t1, dt) if x is not None]
+        given += [] if ts is None else [jnp.asarray(ts)]
+        dtype = _time_dtype(*given)
+        # What is known now stays known, so that `error_if` can check it right here.
         with jax.ensure_compile_time_eval():
-            times = [x for x in (t0, t1, dt) if x is not None]
-            times += [] if ts is None else [jnp.asarray(ts)]
-            dtype = _time_dtype(*times)
-            t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-            dt = None if dt is None else jnp.asarray(dt, dtype)
-            ts = None if ts is None else jnp.asarray(ts, dtype)
-        t1 = error_if(
-            t1,
-            lambda: ~((t0 < t1) & jnp.isfinite(t0) & jnp.isfinite(t1)),
+            start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+            step = None if dt is None else jnp.asarray(dt, dtype)
+            edges = jnp.stack([start, end]) if ts is None else jnp.asarray(ts, dtype)
+        end = error_if(
+            end,
+            lambda: ~((start < end) & jnp.isfinite(start) & jnp.isfinite(end)),
             "`BrownianInterval(t0=..., t1=...)` must be finite, with `t0 < t1`. (Also "
             "for solves that go backwards in time.)",
         )
-        if dt is not None:
-            cells = _constant_step_cells(t0, t1, dt)
-        elif ts is not None:
-            cells = _listed_cells(t0, t1, ts)
-        else:
-            cells = ListedCells(jnp.stack([t0, t1]))
-        self.t0, self.t1, self._cells = nondifferentiable(
-            (t0, t1, cells),
+        edges = edges if ts is None else _check_ts(start, end, edges)
+        step = None if step is None else _check_dt(start, end, step)
+        start, end, step, edges = nondifferentiable(
+            (start, end, step, edges),
             name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`",
         )
+        self.t0 = start
+        self.t1 = end
+        if step is None:
+            self._cells = ListedCells(edges)
+        else:
+            self._cells = ConstantStepCells(start, end, step)
 
         if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
             shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
@@ -128,9 +133,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
                     "`BrownianInterval(shape=...)` must have floating-point dtypes, "
                     f"but has a leaf of dtype {x.dtype}."
                 )
-        self.shape = shape
+        leaves, treedef = jtu.tree_flatten(shape)
+        self._shape = (tuple(leaves), treedef)
         self.key = key
         self.levy_area = levy_area
+
+    @property
+    def shape(self) -> PyTree[jax.ShapeDtypeStruct]:
+        leaves, treedef = self._shape
+        return jtu.tree_unflatten(treedef, leaves)
 
     @eqx.filter_jit
     def evaluate(
@@ -166,12 +177,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         NaN, or if `t0 > t1`.
         """
         del left
-        query = (self.t0, t0) if t1 is None else (t0, t1)
+        cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
+        query = (start, t0) if t1 is None else (t0, t1)
         query = nondifferentiable(query, name="The times of a Brownian increment")
-        cells = lax.stop_gradient(self._cells)
         # Rounding is to be forgiven in the coarser dtype of the query and the path.
-        tol = _tolerance(self.t0, self.t1, _time_dtype(*query))
-        t0, t1 = (jnp.asarray(t, self.t0.dtype) for t in query)
+        tol = _tolerance(start, end, _time_dtype(*query))
+        t0, t1 = (jnp.asarray(t, start.dtype) for t in query)
 
         first = cells.nearest_edge(t0)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
@@ -238,23 +249,22 @@ _not_a_union_of_cells = (
 )
 
 
-def _constant_step_cells(
+def _check_dt(
     t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""]
-) -> ConstantStepCells:
+) -> Float[Array, ""]:
     dt = error_if(dt, lambda: ~(dt > 0), "`BrownianInterval(dt=...)` must be positive.")
     # A step that was computed as the length of the interval may be rounded upwards.
-    dt = error_if(
+    return error_if(
         dt,
         lambda: dt > t1 - t0 + _tolerance(t0, t1, t0.dtype),
         "`BrownianInterval(dt=...)` must be at most the length of the interval, "
         "`t1 - t0`.",
     )
-    return ConstantStepCells(t0, t1, dt)
 
 
-def _listed_cells(
-    t0: Float[Array, ""], t1: Float[Array, ""], ts: Float[Array, " times"]
-) -> ListedCells:
+def _check_ts(
+    t0: Float[Array, ""], t1: Float[Array, ""], ts: Float[Array, "..."]
+) -> Float[Array, " times"]:
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(
             "`BrownianInterval(ts=...)` must be one-dimensional, with at least two "
@@ -266,12 +276,11 @@ def _listed_cells(
         "`BrownianInterval(ts=...)` must be strictly increasing. (Also for solves that "
         "go backwards in time.)",
     )
-    ts = error_if(
+    return error_if(
         ts,
         lambda: (ts[0] != t0) | (ts[-1] != t1),
         "`BrownianInterval(ts=...)` must start with `t0` and end with `t1`.",
     )
-    return ListedCells(ts)
 
 
 def _time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
