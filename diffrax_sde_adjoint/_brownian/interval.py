@@ -12,6 +12,7 @@ loop.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -20,7 +21,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from .._compat import RealScalarLike, nondifferentiable
 from .._errors import error_if
@@ -74,9 +75,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     key: PRNGKeyArray
     _cells: AbstractCells
     # Flattened, as a static field has to be hashable and a PyTree need not be.
-    _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], jtu.PyTreeDef] = eqx.field(
-        static=True
-    )
+    _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -86,8 +85,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         key: PRNGKeyArray,
         *,
         dt: RealScalarLike | None = None,
-        ts: Real[Array, " times"] | Sequence[RealScalarLike] | None = None,
-        levy_area: type[diffrax.BrownianIncrement] = diffrax.BrownianIncrement,
+        ts: ArrayLike | Sequence[RealScalarLike] | None = None,
+        levy_area: type[
+            diffrax.BrownianIncrement
+            | diffrax.SpaceTimeLevyArea
+            | diffrax.SpaceTimeTimeLevyArea
+        ] = diffrax.BrownianIncrement,
     ):
         if levy_area is not diffrax.BrownianIncrement:
             raise NotImplementedError(
@@ -143,7 +146,6 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         leaves, treedef = self._shape
         return jtu.tree_unflatten(treedef, leaves)
 
-    @eqx.filter_jit
     def evaluate(
         self,
         t0: RealScalarLike,
@@ -177,12 +179,21 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         NaN, or if `t0 > t1`.
         """
         del left
+        query = (lax.stop_gradient(self.t0), t0) if t1 is None else (t0, t1)
+        dtypes = (self.t0.dtype, *(_time_dtype(t) for t in query))
+        t0, t1 = (jnp.asarray(t, self.t0.dtype) for t in query)
+        out = self._evaluate(t0, t1, dtypes)
+        return out if use_levy else out.W
+
+    # Apart from `evaluate`, so that Python floats are arrays before they get here: they
+    # would be compiled anew for each value.
+    @eqx.filter_jit
+    def _evaluate(
+        self, t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
+    ) -> diffrax.BrownianIncrement:
+        t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
         cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
-        query = (start, t0) if t1 is None else (t0, t1)
-        query = nondifferentiable(query, name="The times of a Brownian increment")
-        # Rounding is to be forgiven in the coarser dtype of the query and the path.
-        tol = _tolerance(start, end, _time_dtype(*query))
-        t0, t1 = (jnp.asarray(t, start.dtype) for t in query)
+        tol = _tolerance(start, end, dtypes)
 
         first = cells.nearest_edge(t0)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
@@ -205,8 +216,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
                 increments.zero(self.shape),
             )
 
-        out = lax.cond(is_cell, one_cell, many_cells)
-        return out if use_levy else out.W
+        return lax.cond(is_cell, one_cell, many_cells)
 
     def _cell(
         self, cells: AbstractCells, i: Int[Array, ""]
@@ -256,7 +266,7 @@ def _check_dt(
     # A step that was computed as the length of the interval may be rounded upwards.
     return error_if(
         dt,
-        lambda: dt > t1 - t0 + _tolerance(t0, t1, t0.dtype),
+        lambda: dt > t1 - t0 + _tolerance(t0, t1, (t0.dtype,)),
         "`BrownianInterval(dt=...)` must be at most the length of the interval, "
         "`t1 - t0`.",
     )
@@ -287,15 +297,14 @@ def _time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
     # As in `diffrax.diffeqsolve`: times may be given as a mix of integers and floats.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*times)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError("The times of a `BrownianInterval` must be real.")
     if not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
     return dtype
 
 
 def _tolerance(
-    t0: Float[Array, ""], t1: Float[Array, ""], query_dtype: jnp.dtype
+    t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
 ) -> Float[Array, ""]:
-    eps = max(float(jnp.finfo(x).eps) for x in (t0.dtype, query_dtype))
+    """How far from an edge a time may be, if it was rounded in any of `dtypes`."""
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     return _ULPS * eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1))

@@ -1,0 +1,101 @@
+"""Tolerances and small systems that several test files share."""
+
+from collections.abc import Callable
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+
+def relative_error(x: PyTree, y: PyTree) -> float:
+    """The largest difference of two PyTrees, relative to the largest entry of each
+    leaf.
+    """
+    assert jtu.tree_structure(x) == jtu.tree_structure(y)
+    errors = [0.0]
+    for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if a.size > 0:
+            scale = np.max(np.abs(b))
+            errors.append(float(np.max(np.abs(a - b)) / (scale if scale > 0 else 1)))
+    assert np.all(np.isfinite(errors))
+    return max(errors)
+
+
+class Drift(eqx.Module):
+    """A drift that is not linear in anything, with parameters in itself and `args`."""
+
+    weight: Float[Array, "dim dim"]
+
+    def __call__(self, t, y, args):
+        return jnp.sin(self.weight @ y + t) - args["rate"] * y
+
+
+class Diffusion(eqx.Module):
+    """The diffusion of one of the noise types, as an array or a lineax operator."""
+
+    noise: str = eqx.field(static=True)
+    scale: Float[Array, " dim"]
+
+    def __call__(self, t, y, args):
+        diagonal = args["level"] * jnp.cos(self.scale * y + t)
+        match self.noise:
+            case "general":
+                # Three noises: neither square nor commutative.
+                other = jnp.sin(y * self.scale[::-1])
+                return jnp.stack([diagonal, other, 0.3 * y], axis=-1)
+            case "general operator":
+                matrix = jnp.stack([diagonal, jnp.sin(y), 0.3 * y], axis=-1)
+                return lx.MatrixLinearOperator(matrix)
+            case "diagonal":
+                return lx.DiagonalLinearOperator(diagonal)
+            case "additive":
+                matrix = jnp.outer(self.scale, jnp.array([1, 0.5, -1], y.dtype))
+                return args["level"] * (1 + t) * matrix
+            case "scalar":
+                return diagonal
+            case _:
+                raise AssertionError
+
+
+noise_shapes = {
+    "general": (3,),
+    "general operator": (3,),
+    "diagonal": (2,),
+    "additive": (3,),
+    "scalar": (),
+}
+
+
+def make_system(
+    noise: str, dtype: type = jnp.float64
+) -> tuple[Drift, Diffusion, Float[Array, "2"], dict[str, Array]]:
+    """A two-dimensional SDE: drift, diffusion, `y0` and `args`."""
+    weight = jnp.array([[0.5, -0.8], [0.9, 0.3]], dtype)
+    scale = jnp.array([0.7, -0.4], dtype)
+    y0 = jnp.array([0.6, -0.3], dtype)
+    args = dict(rate=jnp.array(0.3, dtype), level=jnp.array(0.5, dtype))
+    return Drift(weight), Diffusion(noise, scale), y0, args
+
+
+def make_terms(
+    drift: Callable, diffusion: Callable, path: diffrax.AbstractPath
+) -> diffrax.MultiTerm:
+    return diffrax.MultiTerm(
+        diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path)
+    )
+
+
+def keys(num: int, seed: int = 0) -> Array:
+    return jr.split(jr.key(seed), num)
+
+
+def struct(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

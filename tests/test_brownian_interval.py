@@ -1,0 +1,371 @@
+"""`BrownianInterval`: the law of the path, its purity, its grids and its errors."""
+
+import itertools
+import math
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+import scipy.stats
+from helpers import keys, struct
+
+from diffrax_sde_adjoint import BrownianInterval
+
+
+f64 = jnp.float64
+
+# Uniform cells; cells of which the first ends early, as `dt` does not divide; listed
+# cells, very uneven; and one cell.
+grids = {
+    "dt": dict(dt=0.25),
+    "dt that does not divide": dict(dt=0.7),
+    "ts": dict(ts=jnp.array([0.5, 0.5001, 1.0, 2.0, 2.5])),
+    "none": dict(),
+}
+t0, t1 = 0.5, 2.5
+
+
+def edges(grid: dict) -> list[float]:
+    if "ts" in grid:
+        return grid["ts"].tolist()
+    if "dt" in grid:
+        return steps_of_constant_solve(t0, t1, grid["dt"])
+    return [t0, t1]
+
+
+def steps_of_constant_solve(t0, t1, dt0, dtype=f64) -> list[float]:
+    """The very times that diffrax steps to, as floats."""
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: y),
+        diffrax.Euler(),
+        jnp.array(t0, dtype),
+        jnp.array(t1, dtype),
+        jnp.array(dt0, dtype),
+        jnp.array(0, dtype),
+        saveat=diffrax.SaveAt(t0=True, steps=True),
+    )
+    assert sol.ts is not None
+    return sol.ts[jnp.isfinite(sol.ts)].tolist()
+
+
+def make_path(key, shape=(), **grid) -> BrownianInterval:
+    return BrownianInterval(t0, t1, shape, key, **grid)
+
+
+@pytest.mark.parametrize("grid", grids.values(), ids=grids)
+def test_law(grid):
+    """The covariance of queries is the length of their overlap, and each is normal."""
+    times = edges(grid)
+    # All single cells, and some unions: of the first two, all but the first, all.
+    queries = list(itertools.pairwise(times))
+    queries += [(times[0], times[min(2, len(times) - 1)]), (times[1], times[-1])]
+    queries += [(times[0], times[-1]), (times[-1], times[-1])]
+    starts, ends = jnp.array(queries).T
+    num = 20_000
+
+    @jax.jit
+    @jax.vmap
+    def sample(key):
+        path = make_path(key, **grid)
+        return jax.lax.map(lambda query: path.evaluate(*query), (starts, ends))
+
+    samples = np.asarray(sample(keys(num)))
+    overlap = np.minimum.outer(ends, ends) - np.maximum.outer(starts, starts)
+    exact = np.maximum(overlap, 0)
+    variances = np.diag(exact)
+    # The variance of an entry of the empirical covariance of normal samples.
+    std_error = np.sqrt((np.outer(variances, variances) + exact**2) / num)
+    assert np.all(np.abs(samples.T @ samples / num - exact) <= 6 * std_error + 1e-15)
+    assert np.all(np.abs(samples.mean(axis=0)) <= 6 * np.sqrt(variances / num) + 1e-15)
+    for x, variance in zip(samples.T, variances, strict=True):
+        if variance > 0:
+            # At 1e-5 for each of the few dozens of tests here.
+            assert scipy.stats.kstest(x / math.sqrt(variance), "norm").pvalue > 1e-5
+
+
+def test_entries_and_leaves_are_independent():
+    shape = (struct((3,), f64), {"x": struct((2, 2), f64)})
+
+    @jax.jit
+    @jax.vmap
+    def sample(key):
+        out = make_path(key, shape, dt=0.5).evaluate(0.5, 1.0)
+        return jnp.concatenate([jnp.ravel(x) for x in jtu.tree_leaves(out)])
+
+    num = 20_000
+    samples = np.asarray(sample(keys(num)))
+    correlation = samples.T @ samples / (0.5 * num)
+    assert np.all(np.abs(correlation - np.eye(7)) <= 6 * np.sqrt((1 + np.eye(7)) / num))
+
+
+@pytest.mark.parametrize("grid", grids.values(), ids=grids)
+def test_additive(grid):
+    path = make_path(jr.key(1), (3,), **grid)
+    times = edges(grid)
+    total = path.evaluate(times[0], times[-1])
+    pieces = [path.evaluate(a, b) for a, b in itertools.pairwise(times)]
+    np.testing.assert_allclose(sum(pieces), total, rtol=1e-13)
+    # The value of the path is its increment from its start.
+    for t in times:
+        np.testing.assert_array_equal(path.evaluate(t), path.evaluate(t0, t))
+
+
+@pytest.mark.parametrize("grid", grids.values(), ids=grids)
+def test_pure(grid):
+    """Equal queries have equal values: in any order, under `jit` and `vmap`, from the
+    end of a backward solve, and for a path built again.
+    """
+    path = make_path(jr.key(2), (3,), **grid)
+    times = jnp.array(edges(grid))
+    starts, ends = times[:-1], times[1:]
+    queries = list(itertools.pairwise(times))
+    eager = jnp.stack([path.evaluate(*query) for query in queries])
+    in_reverse = [path.evaluate(*query) for query in queries[::-1]]
+    np.testing.assert_array_equal(eager, jnp.stack(in_reverse[::-1]))
+
+    evaluate = lambda s, t: make_path(jr.key(2), (3,), **grid).evaluate(s, t)
+    in_map = jax.jit(lambda s, t: jax.lax.map(lambda q: evaluate(*q), (s, t)))
+    np.testing.assert_array_equal(eager, in_map(starts, ends))
+    np.testing.assert_array_equal(eager, jax.vmap(evaluate)(starts, ends))
+    np.testing.assert_array_equal(eager, jax.jit(jax.vmap(evaluate))(starts, ends))
+
+    other_key = make_path(jr.key(3), (3,), **grid).evaluate(t0, t1)
+    assert not np.any(np.isclose(other_key, path.evaluate(t0, t1)))
+
+
+def test_vmap_over_keys_equals_a_loop():
+    sample = lambda key: make_path(key, (2,), dt=0.5).evaluate(0.5, 2.0)
+    looped = jnp.stack([sample(key) for key in keys(5)])
+    np.testing.assert_array_equal(jax.vmap(sample)(keys(5)), looped)
+
+
+def test_typed_and_legacy_keys_agree():
+    typed = make_path(jr.key(5), (2,), dt=0.5).evaluate(0.5, 1.5)
+    legacy = make_path(jr.PRNGKey(5), (2,), dt=0.5).evaluate(0.5, 1.5)
+    np.testing.assert_array_equal(typed, legacy)
+
+
+@pytest.mark.parametrize("dtype", (f64, jnp.float32))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize(
+    "start,end,dt", ((0.5, 2.5, 1e-3), (-3.0, 7.0, 0.1), (100.0, 101.0, 2**-7))
+)
+def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
+    """The rounding of a solve's steps never makes a step fall between cells, and each
+    step is one cell of its own.
+    """
+    start, end, dt = (jnp.array(x, dtype) for x in (start, end, dt))
+    path = BrownianInterval(start, end, struct((), dtype), jr.key(0), dt=dt)
+    terms = diffrax.ControlTerm(lambda t, y, args: jnp.ones((), dtype), path)
+    first, last, step = (end, start, -dt) if backward else (start, end, dt)
+    sol = diffrax.diffeqsolve(
+        terms,
+        diffrax.Euler(),
+        first,
+        last,
+        step,
+        jnp.zeros((), dtype),
+        saveat=diffrax.SaveAt(t1=True, steps=True),
+        max_steps=4096,
+    )
+    num = round(float((end - start) / dt))
+    assert sol.stats["num_steps"] == num
+    assert sol.ys is not None
+    increments = jnp.diff(sol.ys[:num], prepend=0)
+    if backward:
+        increments = -increments[::-1]
+    i = jnp.arange(num, dtype=jnp.int32)
+    cells = jax.vmap(lambda i: path._cell(path._cells, i).W)(i)
+    tol = 100 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(increments, cells, rtol=0, atol=tol)
+
+
+@pytest.mark.parametrize("dt", (0.3, 0.7, 0.99, 1.0, 0.1))
+def test_dt_need_not_divide(dt):
+    """The cells are the steps of diffrax, whose first two meet at `t0 + dt`."""
+    times = steps_of_constant_solve(0.0, 1.0, dt)
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=dt)
+    i = jnp.arange(len(times), dtype=jnp.int32)
+    np.testing.assert_allclose(jax.vmap(path._cells.edge)(i), times, rtol=1e-15)
+    lengths = jax.vmap(path._cells.length)(i[:-1])
+    np.testing.assert_allclose(lengths, np.diff(times), rtol=1e-12)
+
+
+def test_length_of_tiny_cells():
+    """Cells of a few units of rounding still have increments of the right size: their
+    lengths are not differences of rounded times.
+    """
+    start, end, dt = (jnp.array(x, jnp.float32) for x in (10.0, 10.001, 1e-5))
+    path = BrownianInterval(start, end, (), jr.key(0), dt=dt)
+    lengths = jax.vmap(path._cells.length)(jnp.arange(2, 99, dtype=jnp.int32))
+    expected = float(end - start) / int(path._cells.count)
+    np.testing.assert_allclose(lengths, expected, rtol=1e-6)
+
+
+def test_query_in_another_dtype():
+    """A float32 solve on a float64 path, and the other way round."""
+    path64 = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.1)
+    third = jnp.array(0.1, jnp.float32) * 3
+    np.testing.assert_array_equal(path64.evaluate(third), path64.evaluate(0.3))
+    end, dt = (jnp.array(x, jnp.float32) for x in (1.0, 0.1))
+    path32 = BrownianInterval(0 * end, end, (2,), jr.key(0), dt=dt)
+    np.testing.assert_array_equal(path32.evaluate(third), path32.evaluate(0.3))
+
+
+def test_integer_times():
+    floats = BrownianInterval(0.0, 4.0, (2,), jr.key(0), ts=jnp.arange(5.0))
+    ints = BrownianInterval(0, 4, (2,), jr.key(0), ts=[0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(ints.evaluate(1, 3), floats.evaluate(1.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64),
+    ids=lambda x: x.__name__,
+)
+def test_dtypes(dtype):
+    sample = lambda key: make_path(key, struct((2,), dtype), dt=0.5).evaluate(0.5, 2.5)
+    samples = jax.vmap(sample)(keys(20_000))
+    assert samples.dtype == dtype
+    variance = np.mean(np.abs(np.asarray(samples, np.complex128)) ** 2)
+    np.testing.assert_allclose(variance, 2.0, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    (
+        struct((), f64),
+        (struct((2,), f64), struct((), jnp.float32)),
+        {"a": [struct((2, 1), jnp.float16)], "b": None},
+        {"empty": struct((0, 3), f64)},
+        (),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("query", ((0.5, 1.0), (0.5, 2.0), (1.0, 1.0)))
+def test_pytree_shapes(shape, query):
+    path = make_path(jr.key(0), shape, dt=0.5)
+    expected = struct((), f64) if shape == () else shape
+    assert path.shape == expected
+    increment = jax.jit(lambda: path.evaluate(*query, use_levy=True))()
+    assert isinstance(increment, diffrax.BrownianIncrement)
+    assert jax.eval_shape(lambda: increment.W) == expected
+    assert jtu.tree_structure(increment.dt) == jtu.tree_structure(increment.W)
+    for dt in jtu.tree_leaves(increment.dt):
+        np.testing.assert_allclose(dt, query[1] - query[0], rtol=1e-3)
+    plain = path.evaluate(*query)
+    assert eqx.tree_equal(plain, increment.W)
+
+
+bad_arguments = {
+    "t1 < t0": (dict(t1=0.0), "t0 < t1"),
+    "t1 == t0": (dict(t1=t0), "t0 < t1"),
+    "t1 infinite": (dict(t1=math.inf), "finite"),
+    "t0 NaN": (dict(t0=math.nan), "finite"),
+    "dt zero": (dict(dt=0.0), r"`BrownianInterval\(dt=...\)` must be positive"),
+    "dt negative": (dict(dt=-0.1), r"`BrownianInterval\(dt=...\)` must be positive"),
+    "dt NaN": (dict(dt=math.nan), r"`BrownianInterval\(dt=...\)` must be positive"),
+    "dt too large": (dict(dt=2.1), r"`BrownianInterval\(dt=...\)` must be at most"),
+    "ts unsorted": (dict(ts=[t0, 2.0, 1.0, t1]), r"\(ts=...\)` must be strictly incre"),
+    "ts repeated": (dict(ts=[t0, 1.0, 1.0, t1]), r"\(ts=...\)` must be strictly incre"),
+    "ts NaN": (dict(ts=[t0, math.nan, t1]), r"\(ts=...\)` must be strictly incre"),
+    "ts too short": (dict(ts=[t0]), r"\(ts=...\)` must be one-dimensional"),
+    "ts a matrix": (dict(ts=jnp.ones((2, 2))), r"\(ts=...\)` must be one-dimensional"),
+    "ts starts late": (dict(ts=[1.0, t1]), r"\(ts=...\)` must start with `t0`"),
+    "ts ends early": (dict(ts=[t0, 1.0]), r"\(ts=...\)` must start with `t0`"),
+    "dt and ts": (dict(dt=0.1, ts=[t0, t1]), "either `dt` or `ts`, not both"),
+    "integer dtype": (dict(shape=struct((), jnp.int32)), r"\(shape=...\)` .* int32"),
+}
+
+
+@pytest.mark.parametrize("jit", (False, True), ids=("eager", "jit"))
+@pytest.mark.parametrize("bad,match", bad_arguments.values(), ids=bad_arguments)
+def test_bad_arguments(bad, match, jit):
+    arguments = dict(t0=t0, t1=t1, shape=(), key=jr.key(0)) | bad
+    # Known values are checked when tracing, so this is the same with and without `jit`.
+    make = lambda: BrownianInterval(**arguments)
+    with pytest.raises(ValueError, match=match):
+        (eqx.filter_jit(make) if jit else make)()
+
+
+@pytest.mark.parametrize(
+    "bad,match",
+    (
+        (dict(t1=0.0), "t0 < t1"),
+        (dict(dt=-0.1), "must be positive"),
+        (dict(dt=2.1), "must be at most"),
+        (dict(ts=jnp.array([t0, 2.0, 1.0, t1])), "strictly increasing"),
+        (dict(ts=jnp.array([t0, 1.0])), "must start with"),
+    ),
+)
+def test_bad_traced_arguments(bad, match):
+    (name,) = bad
+
+    @eqx.filter_jit
+    def evaluate(x):
+        arguments = dict(t0=t0, t1=t1, shape=(), key=jr.key(0)) | {name: x}
+        return BrownianInterval(**arguments).evaluate(t0, t1)
+
+    with pytest.raises(RuntimeError, match=match):
+        evaluate(jnp.asarray(bad[name]))
+
+
+@pytest.mark.parametrize(
+    "query",
+    (
+        (0.5, 0.6),
+        (0.6, 1.0),
+        (0.6, 0.6),
+        (1.0, 0.5),
+        (2.5, 0.5),
+        (0.0, 1.0),
+        (0.5, 3.0),
+        (2.5, 3.0),
+        (math.nan, 1.0),
+        (0.5, math.nan),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("grid", ("dt", "ts"))
+def test_bad_queries(query, grid):
+    grid = dict(dt=0.5) if grid == "dt" else dict(ts=jnp.array([0.5, 1, 1.5, 2, 2.5]))
+    path = make_path(jr.key(0), **grid)
+    with pytest.raises(RuntimeError, match="not a union of the cells"):
+        path.evaluate(*query)
+    with pytest.raises(RuntimeError, match="not a union of the cells"):
+        eqx.filter_vmap(path.evaluate)(
+            jnp.array([0.5, query[0]]), jnp.array([1.0, query[1]])
+        )
+
+
+def test_levy_area_is_not_supported():
+    with pytest.raises(NotImplementedError, match="VirtualBrownianTree"):
+        make_path(jr.key(0), levy_area=diffrax.SpaceTimeLevyArea)
+
+
+def test_derivatives_are_errors():
+    path = make_path(jr.key(0), dt=0.5)
+    with pytest.raises(RuntimeError, match="times of a Brownian increment"):
+        jax.grad(lambda t: path.evaluate(0.5, t))(1.0)
+    with pytest.raises(RuntimeError, match="`dt`"):
+        jax.grad(lambda dt: make_path(jr.key(0), dt=dt).evaluate(0.5, 1.0))(0.5)
+    # The path itself may be a part of what is differentiated.
+    grads = eqx.filter_grad(lambda path: path.evaluate(0.5, 1.0))(path)
+    assert all(np.all(x == 0) for x in jtu.tree_leaves(grads))
+
+
+def test_backward_solve_needs_its_own_steps():
+    """Where `dt` does not divide, the mirrored steps are an error, not other noise."""
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.3)
+    terms = diffrax.ControlTerm(lambda t, y, args: jnp.ones(()), path)
+    solve = lambda t0, t1, dt0, path: diffrax.diffeqsolve(
+        terms, diffrax.Heun(), t0, t1, dt0, jnp.zeros(())
+    )
+    solve(0.0, 1.0, 0.3, path)
+    with pytest.raises(RuntimeError, match="backwards in time"):
+        solve(1.0, 0.0, -0.3, path)
