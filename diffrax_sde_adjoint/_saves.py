@@ -36,7 +36,7 @@ class SavedCotangents(eqx.Module):
 
     def grad_final_y(self, zero: Y) -> Y:
         """The cotangent of the state at the end of the solve."""
-        return self._grad(self.num_ts + self.t0) if self.t1 else zero
+        return self._grad(self.num_ts + int(self.t0)) if self.t1 else zero
 
     def grad_dense_info(
         self,
@@ -67,7 +67,7 @@ class SavedCotangents(eqx.Module):
                 lambda info: interpolation_cls(t0=t0, t1=t1, **info).evaluate(t),
                 dense_info,
             )
-            (grad,) = pullback(self._grad(num_left - 1 + self.t0))
+            (grad,) = pullback(self._grad(num_left - 1 + int(self.t0)))
             grads = jtu.tree_map(lambda a, b: a + b, grads, grad)
             return grads, num_left - 1
 
@@ -77,7 +77,7 @@ class SavedCotangents(eqx.Module):
         """Adds the cotangents of the outputs that were saved before the first step, or
         at its very start: `num_left` of them, beside that of `SaveAt(t0=True)`.
         """
-        num_initial = num_left + self.t0
+        num_initial = num_left + int(self.t0)
 
         def total(x, grad):
             is_initial = jnp.arange(len(grad)) < num_initial

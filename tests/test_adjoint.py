@@ -1,0 +1,534 @@
+"""`StochasticAdjoint`: its gradients against those of `RecursiveCheckpointAdjoint`."""
+
+from typing import ClassVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from helpers import (
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
+from jaxtyping import Array
+
+from diffrax_sde_adjoint import (
+    AbstractReversibleSolver,
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+)
+
+
+def weigh(ys) -> Array:
+    """A scalar of a solution, to which each of its entries contributes differently."""
+    leaves = [x for x in jtu.tree_leaves(ys) if x.size > 0]
+    weights = [jnp.cos(1 + jnp.arange(x.size, dtype=x.dtype)) for x in leaves]
+    terms = [jnp.sum(w * jnp.ravel(x**2)) for w, x in zip(weights, leaves, strict=True)]
+    return sum(x.astype(jnp.float64) for x in terms)
+
+
+def assert_equal_gradients(loss, *args, tol=1e-10):
+    """Compares the gradients of `loss(adjoint, *args)` by both adjoints."""
+    grad = lambda adjoint: eqx.filter_jit(
+        eqx.filter_grad(lambda args: loss(adjoint, *args))
+    )(args)
+    expected = grad(diffrax.RecursiveCheckpointAdjoint())
+    assert any(np.any(x != 0) for x in jtu.tree_leaves(expected))
+    assert relative_error(grad(StochasticAdjoint()), expected) < tol
+
+
+# On the grid (of 20 steps over [0, 1]), off it, repeated, and at both ends.
+ts = (0.0, 0.0, 0.05, 0.12, 0.13, 0.13, 0.5, 0.99, 1.0, 1.0)
+saveats = {
+    "t1": dict(t1=True),
+    "ts": dict(ts=ts),
+    "t0, ts, t1": dict(t0=True, ts=ts, t1=True),
+    "t0, few ts": dict(t0=True, ts=(0.37, 0.4)),
+}
+
+
+def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"):
+    """A function of everything that can be differentiated, for a batch of paths."""
+    *system, y0, args = make_system(noise, dtype)
+    shape = struct(noise_shapes[noise], dtype)
+    t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 0.05))
+    if "ts" in saveat:
+        times = jnp.array(saveat["ts"], dtype)
+        saveat = saveat | dict(ts=times[::-1] if backward else times)
+    grid = jnp.linspace(0, 1, 21, dtype=dtype) ** 2
+
+    def loss(adjoint, system, y0, args):
+        def solve(key):
+            if steps == "constant":
+                path = BrownianInterval(t0, t1, shape, key, dt=dt)
+                dt0 = -dt if backward else dt
+                controller = diffrax.ConstantStepSize()
+            else:
+                path = BrownianInterval(t0, t1, shape, key, ts=grid)
+                dt0 = None
+                controller = diffrax.StepTo(grid[::-1] if backward else grid)
+            sol = diffrax.diffeqsolve(
+                make_terms(*system, path),
+                ReversibleHeun(),
+                t1 if backward else t0,
+                t0 if backward else t1,
+                dt0,
+                y0,
+                args,
+                saveat=diffrax.SaveAt(**saveat),
+                stepsize_controller=controller,
+                adjoint=adjoint,
+                max_steps=32,
+            )
+            return sol.ys
+
+        return weigh(jax.vmap(solve)(keys(3)))
+
+    return loss, system, y0, args
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+@pytest.mark.parametrize("saveat", saveats.values(), ids=saveats)
+@pytest.mark.parametrize("noise", noise_shapes)
+def test_gradients(noise, saveat, backward):
+    assert_equal_gradients(*make_loss(noise, saveat, backward))
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_gradients_with_step_to(backward):
+    saveat = saveats["t0, ts, t1"]
+    assert_equal_gradients(*make_loss("general", saveat, backward, steps="listed"))
+
+
+@pytest.mark.parametrize("noise", ("general", "diagonal"))
+def test_gradients_in_float32(noise):
+    loss = make_loss(noise, saveats["t0, ts, t1"], dtype=jnp.float32)
+    assert_equal_gradients(*loss, tol=1e-4)
+
+
+def scalar_solve(y0, args, key, adjoint, *, num_steps=20, **kwargs):
+    path = BrownianInterval(0.0, 1.0, (), key, dt=1 / num_steps)
+    terms = make_terms(
+        lambda t, y, args: jnp.sin(args["rate"] * y),
+        lambda t, y, args: args["level"] * jnp.cos(y),
+        path,
+    )
+    kwargs = dict(max_steps=4096, solver=ReversibleHeun(), terms=terms) | kwargs
+    return diffrax.diffeqsolve(
+        t0=0.0, t1=1.0, dt0=1 / num_steps, y0=y0, args=args, adjoint=adjoint, **kwargs
+    )
+
+
+scalar_args = dict(rate=jnp.array(1.3), level=jnp.array(0.6))
+
+
+def scalar_loss(adjoint, y0, args, key=None, **kwargs):
+    key = jr.key(0) if key is None else key
+    return weigh(scalar_solve(y0, args, key, adjoint, **kwargs).ys)
+
+
+@pytest.mark.parametrize("num_steps", (1, 62, 63, 64, 126, 127))
+def test_any_number_of_steps(num_steps):
+    """Also around the length of a page of the tape."""
+    loss = lambda *args: scalar_loss(
+        *args,
+        num_steps=num_steps,
+        max_steps=num_steps,
+        saveat=diffrax.SaveAt(t0=True, ts=[0.0, 0.2, 0.5, 0.99, 1.0], t1=True),
+    )
+    assert_equal_gradients(loss, 0.3 * jnp.ones(()), scalar_args)
+
+
+def test_all_orders_of_vmap_and_grad():
+    y0 = jnp.array([0.1, 0.5, 0.9])
+
+    def derivatives(adjoint):
+        solve = lambda y0, args, key: scalar_loss(adjoint, y0, args, key)
+        batched = jax.vmap(solve, in_axes=(0, None, 0))
+        total = lambda y0, args: jnp.sum(batched(y0, args, keys(3)))
+        twice = jax.vmap(batched, in_axes=(None, None, 0))
+        nested = lambda y0, args: jnp.sum(twice(y0, args, keys(6).reshape(2, 3)))
+        many = jtu.tree_map(lambda x: jnp.stack([x, 2 * x, 3 * x]), scalar_args)
+        return (
+            jax.grad(total, argnums=(0, 1))(y0, scalar_args),
+            jax.vmap(jax.grad(solve, argnums=(0, 1)), in_axes=(0, None, 0))(
+                y0, scalar_args, keys(3)
+            ),
+            jax.vmap(jax.grad(solve, argnums=(0, 1)))(y0, many, keys(3)),
+            jax.jacrev(batched, argnums=1)(y0, scalar_args, keys(3)),
+            jax.grad(nested, argnums=(0, 1))(y0, scalar_args),
+        )
+
+    ours = jax.jit(lambda: derivatives(StochasticAdjoint()))()
+    theirs = jax.jit(lambda: derivatives(diffrax.RecursiveCheckpointAdjoint()))()
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_without_jit():
+    """`jax.grad` alone, of a solve that is not within a `jit` of the user's."""
+    grads = [
+        jax.grad(lambda y0: scalar_loss(adjoint, y0, scalar_args))(0.3)
+        for adjoint in (StochasticAdjoint(), diffrax.RecursiveCheckpointAdjoint())
+    ]
+    np.testing.assert_allclose(*grads, rtol=1e-10)
+
+
+def test_pytree_states():
+    """Several leaves of different shapes, one of them empty."""
+    y0 = {"x": jnp.array([0.3, -0.2]), "v": (jnp.array([[0.1], [0.4]]), jnp.ones((0,)))}
+
+    def drift(t, y, args):
+        x, (v, empty) = y["x"], y["v"]
+        return {"x": args * v[:, 0], "v": (-jnp.sin(x)[:, None] - 0.1 * v, empty)}
+
+    def diffusion(t, y, args):
+        x, (v, _) = y["x"], y["v"]
+        noise = (jnp.stack([jnp.cos(v)] * 3, axis=-1), jnp.ones((0, 2)))
+        return {"x": args * jnp.stack([jnp.sin(x)] * 2, axis=-1), "v": noise}
+
+    f64 = jnp.float64
+    shape = {"x": struct((2,), f64), "v": (struct((3,), f64), struct((2,), f64))}
+
+    def loss(adjoint, y0, args):
+        path = BrownianInterval(0.0, 1.0, shape, jr.key(0), dt=0.05)
+        sol = diffrax.diffeqsolve(
+            make_terms(drift, diffusion, path),
+            ReversibleHeun(),
+            0.0,
+            1.0,
+            0.05,
+            y0,
+            args,
+            saveat=diffrax.SaveAt(t0=True, t1=True, ts=[0.5, 0.52]),
+            adjoint=adjoint,
+        )
+        return weigh(sol.ys)
+
+    assert_equal_gradients(loss, y0, jnp.array(0.7))
+
+
+def test_ode_and_cde():
+    """A control with a derivative: its coefficients are differentiated as well."""
+    ts = jnp.linspace(0, 1, 6)
+    xs = jnp.stack([jnp.sin(3 * ts), ts**2], axis=-1)
+
+    def loss(adjoint, xs, y0, args):
+        control = diffrax.CubicInterpolation(
+            ts, diffrax.backward_hermite_coefficients(ts, xs)
+        )
+        cde = diffrax.ControlTerm(
+            lambda t, y, args: jnp.stack([jnp.sin(y), args * y], axis=-1), control
+        )
+        ode = diffrax.ODETerm(lambda t, y, args: jnp.cos(args * t) * y)
+        for terms in (ode, cde, diffrax.MultiTerm(ode, cde)):
+            sol = diffrax.diffeqsolve(
+                terms, ReversibleHeun(), 0.0, 1.0, 0.05, y0, args, adjoint=adjoint
+            )
+            y0 = sol.ys[0]
+        return weigh(y0)
+
+    assert_equal_gradients(loss, xs, jnp.array([0.3, 0.4]), jnp.array(0.8))
+
+
+def test_diffrax_reversible_heun_is_accepted():
+    value_and_grad = lambda solver: jax.value_and_grad(
+        lambda y0: scalar_loss(StochasticAdjoint(), y0, scalar_args, solver=solver)
+    )(0.3)
+    assert value_and_grad(diffrax.ReversibleHeun()) == value_and_grad(ReversibleHeun())
+
+
+def test_solver_state_in_and_out():
+    """Two solves, of which the second continues from the state of the first."""
+
+    def loss(adjoint, y0, args):
+        kwargs = dict(adjoint=adjoint, num_steps=20)
+        save = diffrax.SaveAt(t1=True, solver_state=True)
+        first = scalar_solve(y0, args, jr.key(0), saveat=save, **kwargs)
+        second = scalar_solve(
+            first.ys[0],
+            args,
+            jr.key(1),
+            saveat=save,
+            solver_state=first.solver_state,
+            **kwargs,
+        )
+        return weigh((second.ys, second.solver_state))
+
+    assert_equal_gradients(loss, jnp.array(0.3), scalar_args)
+
+
+@pytest.mark.parametrize("max_steps", (1, 5, 19))
+def test_incomplete_solve(max_steps):
+    """What was saved before the solve ran out of steps has its gradient."""
+
+    def loss(adjoint, y0, args):
+        saveat = diffrax.SaveAt(t0=True, ts=[0.0, 0.02, 0.2, 0.23, 0.9], t1=True)
+        sol = scalar_solve(
+            y0,
+            args,
+            jr.key(0),
+            adjoint,
+            max_steps=max_steps,
+            throw=False,
+            saveat=saveat,
+        )
+        ys = sol.ys
+        return weigh(jnp.where(jnp.isfinite(ys), ys, 0))
+
+    assert_equal_gradients(loss, jnp.array(0.3), scalar_args)
+
+
+def test_no_steps():
+    """`t0 == t1`, where every output is `y0`."""
+
+    def grad(adjoint):
+        def loss(y0):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, args: y),
+                ReversibleHeun(),
+                1.0,
+                1.0,
+                0.1,
+                y0,
+                saveat=diffrax.SaveAt(t0=True, ts=[1.0, 1.0], t1=True),
+                adjoint=adjoint,
+            )
+            return weigh(sol.ys)
+
+        return jax.grad(loss)(jnp.array([0.3, 0.4]))
+
+    expected = grad(diffrax.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(grad(StochasticAdjoint()), expected, rtol=1e-14)
+
+
+def test_closed_form():
+    """Geometric Brownian motion: `y(1) = y0 exp(a + b W(1))`."""
+
+    def grads(key):
+        num_steps = 2000
+        path = BrownianInterval(0.0, 1.0, (), key, dt=1 / num_steps)
+
+        def loss(y0, a_b):
+            terms = make_terms(
+                lambda t, y, args: args[0] * y, lambda t, y, args: args[1] * y, path
+            )
+            sol = diffrax.diffeqsolve(
+                terms,
+                ReversibleHeun(),
+                0.0,
+                1.0,
+                1 / num_steps,
+                y0,
+                a_b,
+                adjoint=StochasticAdjoint(),
+            )
+            assert sol.ys is not None
+            return sol.ys[0]
+
+        a_b = (0.2, 0.5)
+        grad_y0, grad_a_b = jax.grad(loss, argnums=(0, 1))(1.5, a_b)
+        w = path.evaluate(1.0)
+        y1 = 1.5 * jnp.exp(a_b[0] + a_b[1] * w)
+        return (grad_y0, *grad_a_b), (y1 / 1.5, y1, w * y1)
+
+    actual, exact = jax.jit(jax.vmap(grads))(keys(10))
+    assert relative_error(actual, exact) < 5e-3
+
+
+class TwoStep(AbstractReversibleSolver):
+    """The leapfrog (explicit midpoint) method, as a user would add it: its state has
+    the previous value, a time, and a count, which has no gradient.
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+    fails_at: int = -1
+
+    def init(self, terms, t0, t1, y0, args):
+        return y0, t0, jnp.array(0)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        ym1, tm1, count = solver_state
+        control = terms.contr(tm1, t1)
+        y1 = ym1 + terms.vf_prod(t0, y0, args, control)
+        info = dict(y0=y0, y1=y1)
+        return y1, None, info, (y0, t0, count + 1), diffrax.RESULTS.successful
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        y0, _, count = solver_state
+        # Its steps are uniform, but for the first one, which is an Euler step.
+        tm1 = jnp.where(count == 1, t0, t0 - (t1 - t0))
+        ym1 = y1 - terms.vf_prod(t0, y0, args, terms.contr(tm1, t1))
+        info = dict(y0=y0, y1=y1)
+        result = diffrax.RESULTS.where(
+            count == self.fails_at,
+            diffrax.RESULTS.internal_error,
+            diffrax.RESULTS.successful,
+        )
+        return y0, info, (ym1, tm1, count - 1), result
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def two_step_loss(adjoint, y0, args, solver=None, **kwargs):
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: jnp.sin(args * y + t)),
+        TwoStep() if solver is None else solver,
+        0.0,
+        1.0,
+        0.125,
+        y0,
+        args,
+        saveat=diffrax.SaveAt(t1=True, ts=[0.3, 0.5]),
+        adjoint=adjoint,
+        **kwargs,
+    )
+    return weigh(sol.ys)
+
+
+def test_solver_of_a_user():
+    assert_equal_gradients(two_step_loss, jnp.array([0.2, 0.4]), jnp.array(0.9))
+
+
+def test_step_that_cannot_be_undone():
+    loss = lambda y0, throw: two_step_loss(
+        StochasticAdjoint(), y0, 0.9, TwoStep(fails_at=3), throw=throw
+    )
+    loss(jnp.array(0.2), throw=True)
+    with pytest.raises(RuntimeError):
+        eqx.filter_jit(eqx.filter_grad(loss))(jnp.array(0.2), throw=True)
+    grad = eqx.filter_jit(eqx.filter_grad(loss))(jnp.array(0.2), throw=False)
+    assert jnp.isnan(grad)
+
+
+@pytest.mark.parametrize("num_steps", (10, 1000))
+def test_memory_does_not_grow(num_steps):
+    """At most 16 bytes a step."""
+
+    def temporary_bytes(num_steps):
+        loss = lambda y0, args: scalar_loss(
+            StochasticAdjoint(), y0, args, num_steps=num_steps, max_steps=num_steps
+        )
+        compiled = jax.jit(jax.grad(loss)).lower(0.3, scalar_args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = temporary_bytes(100 * num_steps) - temporary_bytes(num_steps)
+    assert growth <= 16 * 99 * num_steps
+
+
+unsupported = {
+    "PIDController": (
+        dict(
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+            terms=diffrax.ODETerm(lambda t, y, args: y),
+        ),
+        "`stepsize_controller=PIDController",
+    ),
+    "event": (
+        dict(event=diffrax.Event(lambda t, y, args, **kwargs: y > 9)),
+        "`event=",
+    ),
+    "steps": (dict(saveat=diffrax.SaveAt(steps=True)), r"`SaveAt\(steps=...\)`"),
+    "dense": (dict(saveat=diffrax.SaveAt(dense=True)), r"`SaveAt\(dense=True\)`"),
+    "fn": (
+        dict(saveat=diffrax.SaveAt(t1=True, fn=lambda t, y, args: y)),
+        r"`SaveAt\(fn=...\)`",
+    ),
+    "subs": (
+        dict(saveat=diffrax.SaveAt(subs=[diffrax.SubSaveAt(t1=True)])),
+        r"`SaveAt\(subs=...\)`",
+    ),
+    "made_jump": (dict(made_jump=True), "`made_jump="),
+    "Itô solver": (dict(solver=diffrax.Euler()), "the Itô solver `Euler`"),
+    "solver": (dict(solver=diffrax.Heun()), "the solver `Heun`"),
+    "wrapped solver": (
+        dict(solver=diffrax.HalfSolver(ReversibleHeun())),
+        "the solver `HalfSolver`",
+    ),
+}
+
+
+@pytest.mark.parametrize("kwargs,match", unsupported.values(), ids=unsupported)
+def test_unsupported(kwargs, match):
+    """Also without differentiation: what cannot be differentiated is not started."""
+    with pytest.raises(NotImplementedError, match=match) as info:
+        scalar_loss(StochasticAdjoint(), 0.3, scalar_args, **kwargs)
+    assert "adjoint=diffrax.RecursiveCheckpointAdjoint()" in str(info.value)
+
+
+def test_unsafe_brownian_path():
+    terms = make_terms(
+        lambda t, y, args: y,
+        lambda t, y, args: y,
+        diffrax.UnsafeBrownianPath((), jr.key(0)),
+    )
+    with pytest.raises(ValueError, match="`UnsafeBrownianPath`"):
+        scalar_loss(StochasticAdjoint(), 0.3, scalar_args, terms=terms)
+
+
+def test_max_steps_none():
+    loss = lambda y0: scalar_loss(StochasticAdjoint(), y0, scalar_args, max_steps=None)
+    expected = scalar_loss(StochasticAdjoint(), 0.3, scalar_args)
+    np.testing.assert_allclose(loss(0.3), expected, rtol=1e-14)
+    with pytest.raises(ValueError, match="max_steps=None"):
+        jax.grad(loss)(0.3)
+
+
+def test_derivatives_that_do_not_exist():
+    loss = lambda y0: scalar_loss(StochasticAdjoint(), y0, scalar_args)
+    with pytest.raises(RuntimeError, match="RecursiveCheckpointAdjoint"):
+        jax.grad(jax.grad(loss))(0.3)
+    with pytest.raises(RuntimeError, match="RecursiveCheckpointAdjoint"):
+        jax.jacfwd(jax.grad(loss))(0.3)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (0.3,), (1.0,))
+
+
+ode = diffrax.ODETerm(lambda t, y, args: y)
+
+
+@pytest.mark.parametrize("name", ("t0", "t1", "dt0", "ts"))
+def test_times_are_not_differentiated(name):
+    def solve(x):
+        times = dict(t0=0.0, t1=1.0, dt0=0.1, ts=0.5) | {name: x}
+        saveat = diffrax.SaveAt(ts=jnp.array([times.pop("ts")]))
+        return diffrax.diffeqsolve(
+            ode,
+            ReversibleHeun(),
+            **times,
+            y0=1.0,
+            saveat=saveat,
+            adjoint=StochasticAdjoint(),
+        ).ys[0]
+
+    value = dict(t0=0.0, t1=1.0, dt0=0.1, ts=0.5)[name]
+    with pytest.raises(RuntimeError, match="adjoint=StochasticAdjoint"):
+        jax.grad(solve)(value)
+
+
+def test_closed_over_arrays_are_an_error():
+    """They would otherwise have a gradient of zero."""
+
+    def loss(rate):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: rate * y),
+            ReversibleHeun(),
+            0.0,
+            1.0,
+            0.1,
+            1.0,
+            adjoint=StochasticAdjoint(),
+        ).ys[0]
+
+    with pytest.raises(Exception, match="closed-over value"):
+        jax.grad(loss)(0.5)

@@ -1,0 +1,46 @@
+"""Every public name is documented, and in the docs."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import diffrax_sde_adjoint
+
+
+root = Path(__file__).parent.parent
+public = [
+    name
+    for name, value in vars(diffrax_sde_adjoint).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+]
+
+
+def test_public_names():
+    assert public == [
+        "StochasticAdjoint",
+        "BrownianInterval",
+        "AbstractReversibleSolver",
+        "ReversibleHeun",
+    ]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", diffrax_sde_adjoint.__version__)
+
+
+@pytest.mark.parametrize("name", public)
+def test_documented(name):
+    cls = getattr(diffrax_sde_adjoint, name)
+    assert cls.__doc__
+    if not inspect.isabstract(cls):
+        assert "**Arguments:**" in cls.__init__.__doc__
+    pages = "".join(page.read_text() for page in (root / "docs" / "api").glob("*.md"))
+    assert f"::: diffrax_sde_adjoint.{name}\n" in pages
+
+
+def test_private_names_are_imported_in_one_file():
+    private = re.compile(r"diffrax\._|equinox\.internal|equinox\._|jax\._src")
+    package = root / "diffrax_sde_adjoint"
+    users = [
+        path.name for path in package.rglob("*.py") if private.search(path.read_text())
+    ]
+    assert users == ["_compat.py"]

@@ -1,0 +1,173 @@
+"""`ReversibleHeun`: equal to diffrax's, undone by `backward_step`, and its orders."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import (
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
+
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun
+
+
+def make_solve(noise, dtype, num_steps=100):
+    drift, diffusion, y0, args = make_system(noise, dtype)
+    t0, t1 = jnp.zeros((), dtype), jnp.ones((), dtype)
+    dt = t1 / num_steps
+
+    def terms(key):
+        shape = struct(noise_shapes[noise], dtype)
+        return make_terms(drift, diffusion, BrownianInterval(t0, t1, shape, key, dt=dt))
+
+    return terms, t0, t1, dt, y0, args
+
+
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize("noise", noise_shapes)
+def test_equals_diffrax_to_the_bit(noise, dtype):
+    terms, t0, t1, dt, y0, args = make_solve(noise, dtype)
+
+    def solve(key, solver):
+        saveat = diffrax.SaveAt(
+            t1=True, ts=jnp.array([0.1, 0.105, 0.7], dtype), solver_state=True
+        )
+        sol = diffrax.diffeqsolve(
+            terms(key), solver, t0, t1, dt, y0, args, saveat=saveat
+        )
+        return sol.ys, sol.solver_state
+
+    key = jr.key(0)
+    ours = solve(key, ReversibleHeun())
+    assert eqx.tree_equal(ours, solve(key, diffrax.ReversibleHeun()))
+
+
+def test_equals_diffrax_with_adaptive_steps():
+    """The error estimate is diffrax's too."""
+    term = diffrax.ODETerm(lambda t, y, args: jnp.sin(3 * t) * y)
+
+    def solve(solver):
+        sol = diffrax.diffeqsolve(
+            term,
+            solver,
+            0.0,
+            3.0,
+            None,
+            jnp.array([1.0, 2.0]),
+            saveat=diffrax.SaveAt(steps=True),
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+        )
+        return sol.ts, sol.ys
+
+    assert eqx.tree_equal(solve(ReversibleHeun()), solve(diffrax.ReversibleHeun()))
+
+
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize("noise", noise_shapes)
+def test_backward_step_undoes_step(noise, dtype):
+    """Over 1000 steps, at the state of every one of them."""
+    num_steps = 1000
+    make, t0, _, dt, y0, args = make_solve(noise, dtype, num_steps)
+    # Not contracting: rounding errors are not amplified on the way back.
+    args = args | dict(rate=jnp.zeros((), dtype))
+    solver = ReversibleHeun()
+
+    @jax.jit
+    @jax.vmap
+    def forwards_and_backwards(key):
+        terms = make(key)
+        times = lambda i: (t0 + i.astype(dtype) * dt, t0 + (i + 1).astype(dtype) * dt)
+
+        def step(carry, i):
+            y, state = carry
+            y1, _, info, state1, _ = solver.step(
+                terms, *times(i), y, args, state, made_jump=False
+            )
+            return (y1, state1), (y, info, state)
+
+        def backward_step(carry, i):
+            y, state = carry
+            y0, info, state0, _ = solver.backward_step(
+                terms, *times(i), y, args, state, made_jump=False
+            )
+            return (y0, state0), (y0, info, state0)
+
+        i = jnp.arange(num_steps, dtype=jnp.int32)
+        state0 = solver.init(terms, t0, t0 + dt, y0, args)
+        final, forwards = lax.scan(step, (y0, state0), i)
+        _, backwards = lax.scan(backward_step, final, i, reverse=True)
+        return forwards, backwards
+
+    forwards, backwards = forwards_and_backwards(keys(8))
+    tol = 1e-13 if dtype == jnp.float64 else 1e-4
+    assert relative_error(backwards, forwards) < tol
+
+
+@pytest.mark.parametrize("traced", (False, True))
+def test_backward_step_undoes_step_at_a_jump(traced):
+    """All comes back but the vector field on the left of the jump."""
+    make, t0, _, dt, y0, args = make_solve("diagonal", jnp.float64)
+    terms, solver = make(jr.key(0)), ReversibleHeun()
+
+    def run(made_jump):
+        yhat0, vf0 = y0 + 0.1, terms.vf(t0 - 1, y0, args)
+        y1, _, _, state1, _ = solver.step(
+            terms, t0, t0 + dt, y0, args, (yhat0, vf0), made_jump
+        )
+        undone = solver.backward_step(terms, t0, t0 + dt, y1, args, state1, made_jump)
+        y0_, _, state0, _ = undone
+        return (y0_, state0), (y0, (yhat0, terms.vf(t0, yhat0, args)))
+
+    actual, expected = jax.jit(run)(True) if traced else run(True)
+    assert relative_error(actual, expected) < 1e-15
+
+
+def test_order_for_odes():
+    def error(num_steps):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.cos(t) * y),
+            ReversibleHeun(),
+            0.0,
+            2.0,
+            2.0 / num_steps,
+            1.0,
+            max_steps=num_steps,
+        )
+        assert sol.ys is not None
+        return float(jnp.abs(sol.ys[0] - jnp.exp(jnp.sin(2.0))))
+
+    order = np.log2(error(64) / error(128))
+    assert 1.9 < order < 2.1
+
+
+def test_converges_to_the_stratonovich_solution():
+    """Geometric Brownian motion, whose solution is known for each path."""
+    drift, level, num_paths = 0.2, 0.7, 200
+
+    def error(num_steps):
+        def solve(key):
+            path = BrownianInterval(0.0, 1.0, (), key, dt=1 / num_steps)
+            terms = make_terms(
+                lambda t, y, args: drift * y, lambda t, y, args: level * y, path
+            )
+            sol = diffrax.diffeqsolve(
+                terms, ReversibleHeun(), 0.0, 1.0, 1 / num_steps, 1.0
+            )
+            assert sol.ys is not None
+            exact = jnp.exp(drift + level * path.evaluate(1.0))
+            return jnp.abs(sol.ys[0] - exact)
+
+        return float(jnp.mean(jax.jit(jax.vmap(solve))(keys(num_paths))))
+
+    # Order one, as a single noise commutes with itself.
+    order = np.log2(error(32) / error(512)) / 4
+    assert 0.8 < order < 1.2
