@@ -33,7 +33,7 @@ def weigh(ys) -> Array:
     leaves = [x for x in jtu.tree_leaves(ys) if x.size > 0]
     weights = [jnp.cos(1 + jnp.arange(x.size, dtype=x.dtype)) for x in leaves]
     terms = [jnp.sum(w * jnp.ravel(x**2)) for w, x in zip(weights, leaves, strict=True)]
-    return sum(x.astype(jnp.float64) for x in terms)
+    return jnp.sum(jnp.stack([x.astype(jnp.float64) for x in terms]))
 
 
 def assert_equal_gradients(loss, *args, tol=1e-10):
@@ -58,7 +58,7 @@ saveats = {
 
 def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"):
     """A function of everything that can be differentiated, for a batch of paths."""
-    *system, y0, args = make_system(noise, dtype)
+    drift, diffusion, y0, args = make_system(noise, dtype)
     shape = struct(noise_shapes[noise], dtype)
     t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 0.05))
     if "ts" in saveat:
@@ -66,7 +66,7 @@ def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"
         saveat = saveat | dict(ts=times[::-1] if backward else times)
     grid = jnp.linspace(0, 1, 21, dtype=dtype) ** 2
 
-    def loss(adjoint, system, y0, args):
+    def loss(adjoint, drift, diffusion, y0, args):
         def solve(key):
             if steps == "constant":
                 path = BrownianInterval(t0, t1, shape, key, dt=dt)
@@ -77,7 +77,7 @@ def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"
                 dt0 = None
                 controller = diffrax.StepTo(grid[::-1] if backward else grid)
             sol = diffrax.diffeqsolve(
-                make_terms(*system, path),
+                make_terms(drift, diffusion, path),
                 ReversibleHeun(),
                 t1 if backward else t0,
                 t0 if backward else t1,
@@ -93,7 +93,7 @@ def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"
 
         return weigh(jax.vmap(solve)(keys(3)))
 
-    return loss, system, y0, args
+    return loss, drift, diffusion, y0, args
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))

@@ -109,7 +109,7 @@ def test_additive(grid):
     times = edges(grid)
     total = path.evaluate(times[0], times[-1])
     pieces = [path.evaluate(a, b) for a, b in itertools.pairwise(times)]
-    np.testing.assert_allclose(sum(pieces), total, rtol=1e-13)
+    np.testing.assert_allclose(np.sum(pieces, axis=0), total, rtol=1e-13)
     # The value of the path is its increment from its start.
     for t in times:
         np.testing.assert_array_equal(path.evaluate(t), path.evaluate(t0, t))

@@ -152,7 +152,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         t1: RealScalarLike | None = None,
         left: bool = True,
         use_levy: bool = False,
-    ) -> PyTree[Array] | diffrax.BrownianIncrement:
+    ) -> PyTree[Array]:
         """The increment of the path over `[t0, t1]`.
 
         Over a single cell this costs one draw; over more, one draw for each.
