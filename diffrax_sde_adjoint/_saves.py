@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -51,7 +50,8 @@ class SavedCotangents(eqx.Module):
         `num_left` is the number of `ts` not met by the sweep before this step; the same
         after this step is returned as well.
         """
-        grads = jtu.tree_map(jnp.zeros_like, dense_info)
+        inexact_info = eqx.filter(dense_info, eqx.is_inexact_array)
+        grads = jtu.tree_map(jnp.zeros_like, inexact_info)
         if self.ts is None:
             return grads, num_left
         ts = self.ts
@@ -63,11 +63,11 @@ class SavedCotangents(eqx.Module):
         def add_grad(val):
             grads, num_left = val
             t = ts[num_left - 1]
-            _, pullback = jax.vjp(
+            _, pull_back = eqx.filter_vjp(
                 lambda info: interpolation_cls(t0=t0, t1=t1, **info).evaluate(t),
                 dense_info,
             )
-            (grad,) = pullback(self._grad(num_left - 1 + int(self.t0)))
+            (grad,) = pull_back(self._grad(num_left - 1 + int(self.t0)))
             grads = jtu.tree_map(lambda a, b: a + b, grads, grad)
             return grads, num_left - 1
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from ._compat import Args, Y
+from ._controls import evaluate_controls, with_controls
 from ._saves import SavedCotangents
 from ._solver import AbstractReversibleSolver
 from ._tape import Tape
@@ -72,35 +72,48 @@ def sweep(
     diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
 
     def undo_step(t0: Array, t1: Array, carry: _Carry) -> _Carry:
+        def evaluate(diff_terms):
+            return evaluate_controls(eqx.combine(diff_terms, nondiff_terms), t0, t1)
+
+        controls, pull_back_controls = eqx.filter_vjp(evaluate, diff_terms)
+
         y0, dense_info, solver_state0, result = solver.backward_step(
-            terms, t0, t1, carry.y, args, carry.solver_state, False
+            with_controls(terms, t0, t1, controls),
+            t0,
+            t1,
+            carry.y,
+            args,
+            carry.solver_state,
+            False,
         )
         grad_dense_info, num_ts_left = saved.grad_dense_info(
             solver.interpolation_cls, t0, t1, dense_info, carry.num_ts_left
         )
-        diff_state0, nondiff_state0 = eqx.partition(solver_state0, eqx.is_inexact_array)
 
-        def step(y0, diff_state0, diff_args, diff_terms):
+        def step(y0, solver_state0, diff_args, diff_terms, controls):
             y1, _, dense_info, solver_state1, _ = solver.step(
-                eqx.combine(diff_terms, nondiff_terms),
+                with_controls(eqx.combine(diff_terms, nondiff_terms), t0, t1, controls),
                 t0,
                 t1,
                 y0,
                 eqx.combine(diff_args, nondiff_args),
-                eqx.combine(diff_state0, nondiff_state0),
+                solver_state0,
                 False,
             )
-            return y1, dense_info, eqx.filter(solver_state1, eqx.is_inexact_array)
+            return y1, dense_info, solver_state1
 
-        _, pullback = jax.vjp(step, y0, diff_state0, diff_args, diff_terms)
-        grad_y0, grad_state0, grad_args, grad_terms = pullback(
+        _, pull_back = eqx.filter_vjp(
+            step, y0, solver_state0, diff_args, diff_terms, controls
+        )
+        grad_y0, grad_state0, grad_args, grad_terms, grad_controls = pull_back(
             (carry.grads.y, grad_dense_info, carry.grads.solver_state)
         )
+        (more_grad_terms,) = pull_back_controls(grad_controls)
         grads = Cotangents(
             grad_y0,
             grad_state0,
             _add(carry.grads.args, grad_args),
-            _add(carry.grads.terms, grad_terms),
+            _add(carry.grads.terms, _add(grad_terms, more_grad_terms)),
         )
         result = diffrax.RESULTS.where(
             diffrax.is_okay(carry.result), result, carry.result

@@ -1,0 +1,72 @@
+"""The control of a step, evaluated once.
+
+The sweep needs the control over a step twice, to undo the step and to differentiate it.
+For noise, the control is most of the cost of a small step, and XLA cannot be relied
+upon to notice that it is drawn twice.
+"""
+
+from typing import Any
+
+import diffrax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._compat import VF, Args, RealScalarLike, Y
+
+
+class _KnownControl(diffrax.AbstractTerm):
+    """A term, of which the control from `t0` to `t1` is known to be `control`."""
+
+    term: diffrax.AbstractTerm
+    t0: RealScalarLike
+    t1: RealScalarLike
+    control: PyTree[Any]
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return self.term.vf(t, y, args)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
+        # Within one trace, equal times are the same object. If a solver computes them
+        # anew, or wants more than an increment, then there is just nothing to gain.
+        if t0 is self.t0 and t1 is self.t1 and len(kwargs) == 0:
+            return self.control
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: PyTree[Any]) -> Y:
+        return self.term.prod(vf, control)
+
+    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: PyTree[Any]) -> Y:
+        return self.term.vf_prod(t, y, args, control)
+
+    def is_vf_expensive(
+        self, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
+    ) -> bool:
+        return self.term.is_vf_expensive(t0, t1, y, args)
+
+
+def evaluate_controls(
+    terms: PyTree[diffrax.AbstractTerm], t0: RealScalarLike, t1: RealScalarLike
+) -> list[PyTree[Any]]:
+    """The control of each term from `t0` to `t1`."""
+    return [term.contr(t0, t1) for term in jtu.tree_leaves(terms, is_leaf=_is_single)]
+
+
+def with_controls(
+    terms: PyTree[diffrax.AbstractTerm],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    controls: list[PyTree[Any]],
+) -> PyTree[diffrax.AbstractTerm]:
+    """`terms`, except that they return `controls` when asked from `t0` to `t1`."""
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=_is_single)
+    leaves = [
+        _KnownControl(term, t0, t1, control)
+        for term, control in zip(leaves, controls, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, leaves)
+
+
+def _is_single(x: Any) -> bool:
+    # Solvers may look for a `MultiTerm`, and do not see the type of its parts:
+    # diffrax has wrapped them by now.
+    return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
