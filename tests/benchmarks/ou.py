@@ -1,0 +1,116 @@
+"""The Ornstein-Uhlenbeck process of the benchmarks, as a diffrax program.
+
+    dy = theta (mu - y) dt + sigma dW
+
+with the gradient of a loss of its final value, with respect to the parameters and `y0`.
+Everything has the dtype of `y0`, and what is differentiated is always `(params, y0)`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
+
+
+class Params(NamedTuple):
+    theta: Float[Array, ""]
+    mu: Float[Array, ""]
+    sigma: Float[Array, ""]
+
+
+Y: TypeAlias = Float[Array, "*dim"]
+Loss: TypeAlias = Callable[[Params, Y, PRNGKeyArray], Float[Array, ""]]
+MakePath: TypeAlias = Callable[
+    [int, jax.ShapeDtypeStruct, PRNGKeyArray], diffrax.AbstractBrownianPath
+]
+
+# The time interval is [0, 1].
+
+
+def initial(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> tuple[Params, Y]:
+    params = Params(*(jnp.asarray(x, dtype) for x in (0.7, 0.3, 0.5)))
+    return params, jnp.ones(shape, dtype)
+
+
+def drift(t: ArrayLike, y: Y, params: Params) -> Y:
+    return params.theta * (params.mu - y)
+
+
+def diffusion(t: ArrayLike, y: Y, params: Params) -> Y:
+    return jnp.broadcast_to(params.sigma, y.shape)
+
+
+def loss_of_final(y1: Y) -> Float[Array, ""]:
+    return jnp.sum(y1**2)
+
+
+def diffrax_loss(
+    num_steps: int,
+    make_path: MakePath,
+    solver: diffrax.AbstractSolver,
+    adjoint: diffrax.AbstractAdjoint,
+) -> Loss:
+    def diffusion_operator(t, y, params):
+        out = diffusion(t, y, params)
+        return out if y.ndim == 0 else lx.DiagonalLinearOperator(out)
+
+    def loss(params, y0, key):
+        struct = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
+        path = make_path(num_steps, struct, key)
+        sol = diffrax.diffeqsolve(
+            diffrax.MultiTerm(
+                diffrax.ODETerm(drift),
+                diffrax.ControlTerm(diffusion_operator, path),
+            ),
+            solver,
+            t0=jnp.asarray(0, y0.dtype),
+            t1=jnp.asarray(1, y0.dtype),
+            dt0=jnp.asarray(1 / num_steps, y0.dtype),
+            y0=y0,
+            args=params,
+            saveat=diffrax.SaveAt(t1=True),
+            adjoint=adjoint,
+            max_steps=num_steps,
+        )
+        assert sol.ys is not None
+        return loss_of_final(sol.ys[-1])
+
+    return loss
+
+
+def brownian_interval(
+    num_steps: int, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+) -> BrownianInterval:
+    zero, one, dt = (jnp.asarray(x, struct.dtype) for x in (0, 1, 1 / num_steps))
+    return BrownianInterval(zero, one, struct, key, dt=dt)
+
+
+def virtual_brownian_tree(
+    num_steps: int, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+) -> diffrax.VirtualBrownianTree:
+    zero, one = (jnp.asarray(x, struct.dtype) for x in (0, 1))
+    return diffrax.VirtualBrownianTree(zero, one, 1 / (2 * num_steps), struct, key)
+
+
+def ours(num_steps: int) -> Loss:
+    return diffrax_loss(
+        num_steps, brownian_interval, ReversibleHeun(), StochasticAdjoint()
+    )
+
+
+def checkpointed(
+    num_steps: int,
+    make_path: MakePath = brownian_interval,
+    solver: diffrax.AbstractSolver | None = None,
+) -> Loss:
+    """diffrax's default adjoint. Its default path is a `virtual_brownian_tree`."""
+    solver = diffrax.ReversibleHeun() if solver is None else solver
+    return diffrax_loss(
+        num_steps, make_path, solver, diffrax.RecursiveCheckpointAdjoint()
+    )
