@@ -62,11 +62,12 @@ def sweep(
     grad_solver_state1: PyTree[Array | None],
     perturbed_args: PyTree[bool],
     perturbed_terms: PyTree[bool],
-) -> tuple[Cotangents, diffrax.RESULTS]:
+) -> tuple[Cotangents, Y, PyTree[Any], diffrax.RESULTS]:
     """Pulls the cotangents of a solve's outputs back to its inputs.
 
     `y1` and `solver_state1` are what the solve ended with. Returns the cotangents of
-    what it started with, and whether all of its steps could be undone.
+    what it started with; what, going by its end, that was; and whether all of its steps
+    could be undone.
     """
     diff_args, nondiff_args = eqx.partition(args, perturbed_args)
     diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
@@ -144,7 +145,7 @@ def sweep(
     carry = _backwards(tape.num_pages, undo_page, carry)
     grad_y0 = saved.add_grad_initial_y(carry.grads.y, carry.num_ts_left)
     grads = eqx.tree_at(lambda g: g.y, carry.grads, grad_y0)
-    return grads, carry.result
+    return grads, carry.y, carry.solver_state, carry.result
 
 
 def _backwards(

@@ -411,6 +411,54 @@ def test_step_that_cannot_be_undone():
     assert jnp.isnan(grad)
 
 
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+def test_contracting_dynamics(dtype):
+    """The gradient is right, or there is an error: for an OU process over horizons in
+    which undoing its steps amplifies rounding errors by `exp(5 * horizon)`.
+    """
+    rate, level = jnp.array(5, dtype), jnp.array(0.5, dtype)
+
+    @eqx.filter_jit
+    def grad(horizon, adjoint, throw):
+        t0, t1, dt = (jnp.array(x, dtype) for x in (0, horizon, 0.01))
+
+        def loss(args):
+            path = BrownianInterval(t0, t1, struct((), dtype), jr.key(0), dt=dt)
+            terms = make_terms(
+                lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
+            )
+            sol = diffrax.diffeqsolve(
+                terms,
+                ReversibleHeun(),
+                t0,
+                t1,
+                dt,
+                jnp.ones((), dtype),
+                args,
+                adjoint=adjoint,
+                throw=throw,
+            )
+            return sol.ys[0]
+
+        return jnp.stack(jax.grad(loss)((rate, level)))
+
+    returned = []
+    for horizon in (1, 2, 4, 10):
+        expected = grad(horizon, diffrax.RecursiveCheckpointAdjoint(), True)
+        quiet = grad(horizon, StochasticAdjoint(), False)
+        returned.append(bool(jnp.all(jnp.isfinite(quiet))))
+        if returned[-1]:
+            tol = 10 * float(jnp.finfo(dtype).eps) ** 0.5
+            assert relative_error(quiet, expected) < tol
+            loud = grad(horizon, StochasticAdjoint(), True)
+            np.testing.assert_array_equal(loud, quiet)
+        else:
+            assert jnp.all(jnp.isnan(quiet))
+            with pytest.raises(RuntimeError, match="RecursiveCheckpointAdjoint"):
+                grad(horizon, StochasticAdjoint(), True)
+    assert returned == [True, dtype == jnp.float64, False, False]
+
+
 @pytest.mark.parametrize("num_steps", (10, 1000))
 def test_memory_does_not_grow(num_steps):
     """At most 16 bytes a step."""

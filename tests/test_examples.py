@@ -1,0 +1,38 @@
+"""The examples learn, and continue from their checkpoints."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def _load(name):
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_latent_sde(tmp_path):
+    # The scores of a run depend on the weights it ends with, on all held-out days.
+    latent_sde = _load("latent_sde")
+    small = dict(steps=40, batch=8, dim=2, width=8, samples=4)
+    scores = latent_sde.main(**small, out=tmp_path / "whole")
+    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
+    assert (tmp_path / "whole" / "latent_sde.png").stat().st_size > 10_000
+
+    checkpoint = tmp_path / "whole" / "checkpoint_20.eqx"
+    resumed = latent_sde.main(**small, out=tmp_path / "resumed", resume=checkpoint)
+    final = "checkpoint_40.eqx"
+    for path in (tmp_path / "whole" / final, tmp_path / "resumed" / final):
+        assert path.exists()
+    assert (tmp_path / "whole" / final).read_bytes() == (
+        tmp_path / "resumed" / final
+    ).read_bytes()
+    del scores["loss: first 10 steps"], resumed["loss: first 10 steps"]
+    assert resumed == scores
+
+    with pytest.raises(ValueError, match="is of a run with"):
+        latent_sde.main(**small, seed=1, out=tmp_path, resume=checkpoint)
