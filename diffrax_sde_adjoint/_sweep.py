@@ -43,7 +43,12 @@ class Cotangents(eqx.Module):
     terms: PyTree[Array | None]
 
 
-class _Carry(eqx.Module):
+class SweepState(eqx.Module):
+    """What a sweep carries: the state of the solve at the left end of a step, up to
+    rounding; its cotangents; how many of the saved `ts` lie there or further left; and
+    whether all steps so far could be undone.
+    """
+
     num_ts_left: Int[Array, ""]
     y: Y
     solver_state: PyTree[Any]
@@ -62,17 +67,16 @@ def sweep(
     grad_solver_state1: PyTree[Array | None],
     perturbed_args: PyTree[bool],
     perturbed_terms: PyTree[bool],
-) -> tuple[Cotangents, Y, PyTree[Any], diffrax.RESULTS]:
+) -> SweepState:
     """Pulls the cotangents of a solve's outputs back to its inputs.
 
-    `y1` and `solver_state1` are what the solve ended with. Returns the cotangents of
-    what it started with; what, going by its end, that was; and whether all of its steps
-    could be undone.
+    `y1` and `solver_state1` are what the solve ended with. Returns the state of the
+    sweep at the start of the solve.
     """
     diff_args, nondiff_args = eqx.partition(args, perturbed_args)
     diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
 
-    def undo_step(t0: Array, t1: Array, carry: _Carry) -> _Carry:
+    def undo_step(t0: Array, t1: Array, carry: SweepState) -> SweepState:
         def evaluate(diff_terms):
             return evaluate_controls(eqx.combine(diff_terms, nondiff_terms), t0, t1)
 
@@ -119,9 +123,9 @@ def sweep(
         result = diffrax.RESULTS.where(
             diffrax.is_okay(carry.result), result, carry.result
         )
-        return _Carry(num_ts_left, y0, solver_state0, grads, result)
+        return SweepState(num_ts_left, y0, solver_state0, grads, result)
 
-    def undo_page(i: Int[Array, ""], carry: _Carry) -> _Carry:
+    def undo_page(i: Int[Array, ""], carry: SweepState) -> SweepState:
         page = tape.pages[i]
         return _backwards(
             tape.num_steps_on_page(i),
@@ -130,7 +134,7 @@ def sweep(
         )
 
     zero_y = jtu.tree_map(jnp.zeros_like, y1)
-    carry = _Carry(
+    carry = SweepState(
         saved.num_ts,
         y1,
         solver_state1,
@@ -142,17 +146,14 @@ def sweep(
         ),
         diffrax.RESULTS.successful,
     )
-    carry = _backwards(tape.num_pages, undo_page, carry)
-    grad_y0 = saved.add_grad_initial_y(carry.grads.y, carry.num_ts_left)
-    grads = eqx.tree_at(lambda g: g.y, carry.grads, grad_y0)
-    return grads, carry.y, carry.solver_state, carry.result
+    return _backwards(tape.num_pages, undo_page, carry)
 
 
 def _backwards(
     num: Int[Array, ""],
-    body_fun: Callable[[Int[Array, ""], _Carry], _Carry],
-    carry: _Carry,
-) -> _Carry:
+    body_fun: Callable[[Int[Array, ""], SweepState], SweepState],
+    carry: SweepState,
+) -> SweepState:
     """`body_fun` for `num - 1`, ..., `0`."""
     return lax.fori_loop(0, num, lambda i, carry: body_fun(num - 1 - i, carry), carry)
 

@@ -448,7 +448,7 @@ def test_contracting_dynamics(dtype):
         quiet = grad(horizon, StochasticAdjoint(), False)
         returned.append(bool(jnp.all(jnp.isfinite(quiet))))
         if returned[-1]:
-            tol = 10 * float(jnp.finfo(dtype).eps) ** 0.5
+            tol = float(jnp.finfo(dtype).eps) ** (1 / 3)
             assert relative_error(quiet, expected) < tol
             loud = grad(horizon, StochasticAdjoint(), True)
             np.testing.assert_array_equal(loud, quiet)
@@ -457,6 +457,33 @@ def test_contracting_dynamics(dtype):
             with pytest.raises(RuntimeError, match="RecursiveCheckpointAdjoint"):
                 grad(horizon, StochasticAdjoint(), True)
     assert returned == [True, dtype == jnp.float64, False, False]
+
+
+def test_harmless_reconstruction_errors():
+    """States found inaccurately are no error where the loss hardly depends on them."""
+    f32 = jnp.float32
+    t0, t1, dt = f32(0), f32(10), f32(1e-3)
+
+    def loss(adjoint, args):
+        path = BrownianInterval(t0, t1, struct((), f32), jr.key(0), dt=dt)
+        terms = make_terms(
+            lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
+        )
+        sol = diffrax.diffeqsolve(
+            terms,
+            ReversibleHeun(),
+            t0,
+            t1,
+            dt,
+            f32(1),
+            args,
+            adjoint=adjoint,
+            max_steps=10_000,
+        )
+        return weigh(sol.ys)
+
+    # Errors in the first state are 4e-4.
+    assert_equal_gradients(loss, (f32(0.7), f32(0.5)), tol=1e-4)
 
 
 @pytest.mark.parametrize("num_steps", (10, 1000))
