@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._closures import hoist_closures
 from ._compat import (
     State,
     is_unsafe_sde,
@@ -22,7 +23,7 @@ from ._compat import (
     nondifferentiable_backward,
     save_y,
 )
-from ._guard import did_not_return, has_drifted
+from ._guard import did_not_return, has_drifted, largest
 from ._saves import SavedCotangents
 from ._solver import AbstractReversibleSolver, ReversibleHeun
 from ._sweep import sweep
@@ -58,11 +59,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     the outputs times their cotangents), then this is an error; or, with
     `diffeqsolve(..., throw=False)`, the gradient is NaN.
 
-    Gradients are computed with respect to `y0`, `args`, a passed `solver_state`, and
-    every floating-point array inside `terms`. Differentiating with respect to anything
-    else is an error. As an example, that includes an array that a vector field refers
-    to by closure: pass it through `args`, or make the vector field an
-    [`equinox.Module`][].
+    Gradients are computed with respect to `y0`, `args`, a passed `solver_state`, every
+    floating-point array inside `terms`, and whatever a vector field refers to by
+    closure. Differentiating with respect to anything else is an error.
 
     ??? info "What is not supported"
 
@@ -107,6 +106,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         progress_meter,
     ) -> tuple[State, Any]:
         del passed_solver_state, passed_controller_state
+        terms = hoist_closures(terms, t0, init_state.y, args)
         if type(solver) is diffrax.ReversibleHeun:
             solver = ReversibleHeun()
         _check_supported(terms, solver, stepsize_controller, event, saveat, init_state)
@@ -120,9 +120,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             stepsize_controller, name=_name("`stepsize_controller`")
         )
         y0, solver_state0 = init_state.y, init_state.solver_state
-        init_state = eqx.tree_at(
-            lambda s: (s.y, s.solver_state), init_state, (None, None)
-        )
+        init_state = _with_initial(init_state, None, None)
         init_state = nondifferentiable(init_state, name=_name("the times of a solve"))
 
         final_state, aux_stats = _solve(
@@ -144,6 +142,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
 
 StochasticAdjoint.__init__.__doc__ = """**Arguments:** None"""
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _name(what: str) -> str:
@@ -206,7 +208,7 @@ def _only_outputs_differentiable(final_state: State) -> State:
         name=_name("an output other than `ys` and `solver_state`"),
         symbolic=False,
     )
-    return eqx.tree_at(get_outputs, final_state, outputs)
+    return eqx.tree_at(get_outputs, final_state, outputs, is_leaf=_is_none)
 
 
 def _with_initial(init_state: State, y0, solver_state0) -> State:
@@ -214,7 +216,7 @@ def _with_initial(init_state: State, y0, solver_state0) -> State:
         lambda s: (s.y, s.solver_state),
         init_state,
         (y0, solver_state0),
-        is_leaf=lambda x: x is None,
+        is_leaf=_is_none,
     )
 
 
@@ -306,8 +308,8 @@ def _solve_bwd(
         found=(swept.y, swept.solver_state),
         start=(y0, solver_state0),
         grad_start=(grads.y, grads.solver_state),
-        end=(y1, solver_state1),
-        grad_end=(grad_ys, grad_solver_state1),
+        grad_out=(grad_ys, grad_solver_state1),
+        largest_out=(swept.largest_y, largest(solver_state1)),
     )
     grad_y0 = saved.add_grad_initial_y(grads.y, swept.num_ts_left)
     grad_vjp_arg = (grad_y0, grads.solver_state, grads.args, grads.terms)

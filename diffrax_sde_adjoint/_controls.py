@@ -48,7 +48,9 @@ def evaluate_controls(
     terms: PyTree[diffrax.AbstractTerm], t0: RealScalarLike, t1: RealScalarLike
 ) -> list[PyTree[Any]]:
     """The control of each term from `t0` to `t1`."""
-    return [term.contr(t0, t1) for term in jtu.tree_leaves(terms, is_leaf=_is_single)]
+    return [
+        term.contr(t0, t1) for term in jtu.tree_leaves(terms, is_leaf=is_single_term)
+    ]
 
 
 def with_controls(
@@ -58,7 +60,7 @@ def with_controls(
     controls: list[PyTree[Any]],
 ) -> PyTree[diffrax.AbstractTerm]:
     """`terms`, except that they return `controls` when asked from `t0` to `t1`."""
-    leaves, treedef = jtu.tree_flatten(terms, is_leaf=_is_single)
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=is_single_term)
     leaves = [
         _KnownControl(term, t0, t1, control)
         for term, control in zip(leaves, controls, strict=True)
@@ -66,7 +68,8 @@ def with_controls(
     return jtu.tree_unflatten(treedef, leaves)
 
 
-def _is_single(x: Any) -> bool:
+def is_single_term(x: Any) -> bool:
+    """Whether `x` is a term that is not made up of others."""
     # Solvers may look for a `MultiTerm`, and do not see the type of its parts:
     # diffrax has wrapped them by now.
     return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)

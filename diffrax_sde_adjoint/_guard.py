@@ -33,28 +33,40 @@ did_not_return = (
 def has_drifted(
     found: PyTree[Any],
     start: PyTree[Any],
-    grad_start: PyTree[Any],
-    end: PyTree[Any],
-    grad_end: PyTree[Any],
+    grad_start: PyTree[Array | None],
+    grad_out: PyTree[Array | None],
+    largest_out: PyTree[Float[Array, ""] | None],
 ) -> Bool[Array, ""]:
     """Whether the difference of `found` and `start` matters to the loss.
 
-    It does so if its product with `grad_start` is more than the cube root of the unit
-    of rounding, relative to the product of the outputs with their cotangents,
-    `grad_end`. For the outputs, the size of `start` and `end` stands in. All are
-    PyTrees of the same structure, but for leading axes of `grad_end`. NaNs are let
-    pass: they speak for themselves.
+    It does so if its product with the cotangent `grad_start` is more than the cube root
+    of the unit of rounding, relative to the product of the outputs with their
+    cotangents `grad_out`. For the size of the outputs, that of the largest state on
+    the way stands in. NaNs are let pass: they speak for themselves.
     """
-    trees = (found, start, grad_start, end, grad_end)
-    leaves = [jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array)) for tree in trees]
-    worth, scale, tol = jnp.zeros(()), jnp.zeros(()), 0.0
-    for x, x0, grad_x0, x1, grad_x1 in zip(*leaves, strict=True):
-        size = jnp.maximum(_largest(x0), _largest(x1))
-        worth = worth + jnp.sum(jnp.abs(grad_x0 * (x - x0))).astype(worth.dtype)
-        scale = scale + (jnp.sum(jnp.abs(grad_x1)) * size).astype(scale.dtype)
-        tol = max(tol, float(jnp.finfo(x.dtype).eps) ** _root)
-    return worth > tol * scale
+
+    def worth_of(grad, x, x0):
+        return None if grad is None else jnp.sum(jnp.abs(grad * (x - x0)))
+
+    def scale_of(grad, largest):
+        return None if grad is None else jnp.sum(jnp.abs(grad)) * largest
+
+    is_none = lambda x: x is None
+    worth = jtu.tree_map(worth_of, grad_start, found, start, is_leaf=is_none)
+    scale = jtu.tree_map(scale_of, grad_out, largest_out, is_leaf=is_none)
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(scale)]
+    tol = max(eps, default=0.0) ** _root
+    return _total(worth) > tol * _total(scale)
 
 
-def _largest(x: Array) -> Float[Array, ""]:
-    return jnp.max(jnp.abs(x), initial=0)
+def largest(tree: PyTree[Any]) -> PyTree[Float[Array, ""] | None]:
+    """The largest absolute value of each array, which may be empty; `None` for leaves
+    that are not floating-point arrays.
+    """
+    arrays = eqx.filter(tree, eqx.is_inexact_array)
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), arrays)
+
+
+def _total(tree: PyTree[Array]) -> Float[Array, ""]:
+    leaves = [x.astype(jnp.result_type(float)) for x in jtu.tree_leaves(tree)]
+    return jnp.sum(jnp.stack([jnp.zeros(()), *leaves]))

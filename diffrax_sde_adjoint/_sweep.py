@@ -21,10 +21,11 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._compat import Args, Y
 from ._controls import evaluate_controls, with_controls
+from ._guard import largest
 from ._saves import SavedCotangents
 from ._solver import AbstractReversibleSolver
 from ._tape import Tape
@@ -45,12 +46,13 @@ class Cotangents(eqx.Module):
 
 class SweepState(eqx.Module):
     """What a sweep carries: the state of the solve at the left end of a step, up to
-    rounding; its cotangents; how many of the saved `ts` lie there or further left; and
-    whether all steps so far could be undone.
+    rounding; its cotangents; how many of the saved `ts` lie there or further left; the
+    largest entry so far of each leaf of `y`; and whether all steps could be undone.
     """
 
     num_ts_left: Int[Array, ""]
     y: Y
+    largest_y: PyTree[Float[Array, ""]]
     solver_state: PyTree[Any]
     grads: Cotangents
     result: diffrax.RESULTS
@@ -123,7 +125,8 @@ def sweep(
         result = diffrax.RESULTS.where(
             diffrax.is_okay(carry.result), result, carry.result
         )
-        return SweepState(num_ts_left, y0, solver_state0, grads, result)
+        largest_y = jtu.tree_map(jnp.maximum, carry.largest_y, largest(y0))
+        return SweepState(num_ts_left, y0, largest_y, solver_state0, grads, result)
 
     def undo_page(i: Int[Array, ""], carry: SweepState) -> SweepState:
         page = tape.pages[i]
@@ -137,6 +140,7 @@ def sweep(
     carry = SweepState(
         saved.num_ts,
         y1,
+        largest(y1),
         solver_state1,
         Cotangents(
             saved.grad_final_y(zero_y),
@@ -155,7 +159,13 @@ def _backwards(
     carry: SweepState,
 ) -> SweepState:
     """`body_fun` for `num - 1`, ..., `0`."""
-    return lax.fori_loop(0, num, lambda i, carry: body_fun(num - 1 - i, carry), carry)
+
+    def body(i, carry):
+        # In a batch this runs on, without effect, for elements with fewer steps. Then
+        # it is to be at a step that was made, as evaluating it elsewhere may raise.
+        return body_fun(jnp.maximum(num - 1 - i, 0), carry)
+
+    return lax.fori_loop(0, num, body, carry)
 
 
 def _add(a: PyTree[Array | None], b: PyTree[Array | None]) -> PyTree[Array | None]:

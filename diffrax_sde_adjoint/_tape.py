@@ -59,7 +59,8 @@ def loop_and_record(
     def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
         num_pages = math.ceil(max_steps / _steps_per_page)
         dtype = init_val.tprev.dtype
-        init_pages = jnp.zeros((num_pages, _steps_per_page + 1), dtype)
+        # Not zeros: in a batch, times are read here for elements that made no steps.
+        init_pages = jnp.full((num_pages, _steps_per_page + 1), init_val.tprev, dtype)
 
         def is_running(state):
             return cond_fun(state) & (state.num_steps < max_steps)
@@ -76,7 +77,6 @@ def loop_and_record(
             def step(val):
                 state, page = val
                 num_on_page = state.num_accepted_steps - num_before
-                # A rejected step is overwritten by the next one that is accepted.
                 page = page.at[num_on_page + 1].set(state.tnext)
                 return body_fun(state), page
 

@@ -6,6 +6,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import pytest
 from helpers import (
@@ -17,7 +18,7 @@ from helpers import (
     struct,
 )
 
-from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 
 
 def make_solve(noise, dtype, num_steps=100):
@@ -171,3 +172,39 @@ def test_converges_to_the_stratonovich_solution():
     # Order one, as a single noise commutes with itself.
     order = np.log2(error(32) / error(512)) / 4
     assert 0.8 < order < 1.2
+
+
+matrix = jnp.array([[0.5, -0.8], [0.9, 0.3]])
+operators = {
+    "multiple": (lambda y: 0.5 * lx.MatrixLinearOperator(y * matrix)),
+    "quotient": (lambda y: lx.MatrixLinearOperator(y * matrix) / (1 + y[0] ** 2)),
+    "product": (
+        lambda y: lx.MatrixLinearOperator(matrix) @ lx.DiagonalLinearOperator(y)
+    ),
+    "identity": (lambda y: lx.IdentityLinearOperator(jax.eval_shape(lambda: y))),
+}
+
+
+@pytest.mark.parametrize("operator", operators.values(), ids=operators)
+def test_operators_that_do_not_add_leaf_by_leaf(operator):
+    """The same as with the operator's matrix, forwards and in the gradient."""
+    path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.05)
+
+    def solve(diffusion):
+        def loss(y0):
+            return diffrax.diffeqsolve(
+                make_terms(
+                    lambda t, y, args: -y, lambda t, y, args: diffusion(y), path
+                ),
+                ReversibleHeun(),
+                0.0,
+                1.0,
+                0.05,
+                y0,
+                adjoint=StochasticAdjoint(),
+            ).ys[0, 0]
+
+        return jax.value_and_grad(loss)(jnp.array([0.6, -0.3]))
+
+    expected = solve(lambda y: operator(y).as_matrix())
+    assert relative_error(solve(operator), expected) < 1e-13

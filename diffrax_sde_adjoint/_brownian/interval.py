@@ -100,6 +100,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         if dt is not None and ts is not None:
             raise ValueError("`BrownianInterval` takes either `dt` or `ts`, not both.")
 
+        for name, x in (("t0", t0), ("t1", t1), ("dt", dt)):
+            if x is not None and jnp.ndim(x) != 0:
+                raise ValueError(f"`BrownianInterval({name}=...)` must be a scalar.")
         given = [x for x in (t0, t1, dt) if x is not None]
         given += [] if ts is None else [jnp.asarray(ts)]
         dtype = _time_dtype(*given)
@@ -130,6 +133,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
             shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
         for x in jtu.tree_leaves(shape):
+            if not isinstance(x, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    "`BrownianInterval(shape=...)` must be a tuple of integers or a "
+                    f"PyTree of `jax.ShapeDtypeStruct`s, but has a leaf {x}."
+                )
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 raise ValueError(
                     "`BrownianInterval(shape=...)` must have floating-point dtypes, "
@@ -194,19 +202,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
         tol = _tolerance(start, end, dtypes)
 
-        first = cells.nearest_edge(t0)
+        first, last = cells.nearest_edge(t0), cells.nearest_edge(t1)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
-        next_edge = cells.edge(jnp.minimum(first + 1, cells.count))
-        is_cell = is_edge0 & (first < cells.count) & (jnp.abs(t1 - next_edge) <= tol)
+        is_edge1 = jnp.abs(t1 - cells.edge(last)) <= tol
+        is_union = is_edge0 & is_edge1 & (first <= last)
+        is_cell = is_union & (last == first + 1)
 
         def many_cells():
-            last = cells.nearest_edge(t1)
-            is_edge1 = jnp.abs(t1 - cells.edge(last)) <= tol
-            is_union = is_edge0 & is_edge1 & (first <= last)
-            # `is_cell` makes a difference under `vmap`, where this runs for everyone.
-            start = eqx.error_if(first, ~is_union & ~is_cell, _not_a_union_of_cells)
             return lax.fori_loop(
-                start,
+                eqx.error_if(first, ~is_union, _not_a_union_of_cells),
                 last,
                 lambda i, inc: increments.join(inc, self._cell(cells, i)),
                 increments.zero(self.shape),
