@@ -66,8 +66,9 @@ class ConstantStepCells(AbstractCells):
         return jnp.where(self.count == 1, self.t1 - self.t0, length)
 
     def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
-        count = self.count.astype(self.t0.dtype)
-        i = jnp.round((t - self.t0) / (self.t1 - self.t0) * count)
+        # The quotient does not depend on `t`, so loops over queries evaluate it once.
+        rate = self.count.astype(self.t0.dtype) / (self.t1 - self.t0)
+        i = jnp.round((t - self.t0) * rate)
         i = jnp.clip(i.astype(jnp.int32), 0, self.count)
         # Edge 1 can lie anywhere between its even place and that of edge 2.
         one = jnp.ones_like(i)

@@ -202,13 +202,20 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
         tol = _tolerance(start, end, dtypes)
 
-        first, last = cells.nearest_edge(t0), cells.nearest_edge(t1)
+        first = cells.nearest_edge(t0)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
-        is_edge1 = jnp.abs(t1 - cells.edge(last)) <= tol
-        is_union = is_edge0 & is_edge1 & (first <= last)
-        is_cell = is_union & (last == first + 1)
+        # Surely one cell, and cheap to find out: the end of the query is the next edge,
+        # and is not near to any other one.
+        second = jnp.minimum(first + 1, cells.count - 1)
+        shortest = jnp.minimum(cells.length(first), cells.length(second))
+        from_next_edge = jnp.abs(t1 - cells.edge(first + 1))
+        is_near = from_next_edge <= jnp.minimum(tol, 0.25 * shortest)
+        is_cell = is_edge0 & (first < cells.count) & is_near
 
         def many_cells():
+            last = cells.nearest_edge(t1)
+            is_edge1 = jnp.abs(t1 - cells.edge(last)) <= tol
+            is_union = is_edge0 & is_edge1 & (first <= last)
             return lax.fori_loop(
                 eqx.error_if(first, ~is_union, _not_a_union_of_cells),
                 last,
