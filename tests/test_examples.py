@@ -1,23 +1,21 @@
 """The examples learn, and continue from their checkpoints."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
 
 
-def _load(name):
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example, as if it was run from its folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module
 
 
-def test_latent_sde(tmp_path):
+def test_latent_sde(example, tmp_path):
     # The scores of a run depend on the weights it ends with, on all held-out days.
-    latent_sde = _load("latent_sde")
+    latent_sde = example("latent_sde")
     small = dict(steps=40, batch=8, dim=2, width=8, samples=4)
     scores = latent_sde.main(**small, out=tmp_path / "whole")
     assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
