@@ -536,36 +536,32 @@ def test_step_that_cannot_be_undone():
     assert jnp.isnan(grad)
 
 
+def ou_solution(adjoint, args, horizon, dt, dtype, **kwargs):
+    """The final value of an OU process; `args` are its rate and its diffusion."""
+    t0, t1, dt = (jnp.array(x, dtype) for x in (0, horizon, dt))
+    path = BrownianInterval(t0, t1, struct((), dtype), jr.key(0), dt=dt)
+    terms = make_terms(
+        lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
+    )
+    y0 = jnp.ones((), dtype)
+    return diffrax.diffeqsolve(
+        terms, ReversibleHeun(), t0, t1, dt, y0, args, adjoint=adjoint, **kwargs
+    ).ys
+
+
 @pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
 def test_contracting_dynamics(dtype):
     """The gradient is right, or there is an error: for an OU process over horizons in
     which undoing its steps amplifies rounding errors by `exp(5 * horizon)`.
     """
-    rate, level = jnp.array(5, dtype), jnp.array(0.5, dtype)
+    args = (jnp.array(5, dtype), jnp.array(0.5, dtype))
 
     @eqx.filter_jit
     def grad(horizon, adjoint, throw):
-        t0, t1, dt = (jnp.array(x, dtype) for x in (0, horizon, 0.01))
-
-        def loss(args):
-            path = BrownianInterval(t0, t1, struct((), dtype), jr.key(0), dt=dt)
-            terms = make_terms(
-                lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
-            )
-            sol = diffrax.diffeqsolve(
-                terms,
-                ReversibleHeun(),
-                t0,
-                t1,
-                dt,
-                jnp.ones((), dtype),
-                args,
-                adjoint=adjoint,
-                throw=throw,
-            )
-            return sol.ys[0]
-
-        return jnp.stack(jax.grad(loss)((rate, level)))
+        loss = lambda args: ou_solution(
+            adjoint, args, horizon, 0.01, dtype, throw=throw
+        )[0]
+        return jnp.stack(jax.grad(loss)(args))
 
     returned = []
     for horizon in (1, 2, 4, 10):
@@ -587,25 +583,9 @@ def test_contracting_dynamics(dtype):
 def test_harmless_reconstruction_errors():
     """States found inaccurately are no error where the loss hardly depends on them."""
     f32 = jnp.float32
-    t0, t1, dt = f32(0), f32(10), f32(1e-3)
 
     def loss(adjoint, args):
-        path = BrownianInterval(t0, t1, struct((), f32), jr.key(0), dt=dt)
-        terms = make_terms(
-            lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
-        )
-        sol = diffrax.diffeqsolve(
-            terms,
-            ReversibleHeun(),
-            t0,
-            t1,
-            dt,
-            f32(1),
-            args,
-            adjoint=adjoint,
-            max_steps=10_000,
-        )
-        return weigh(sol.ys)
+        return weigh(ou_solution(adjoint, args, 10, 1e-3, f32, max_steps=10_000))
 
     # Errors in the first state are 4e-4.
     assert_equal_gradients(loss, (f32(0.7), f32(0.5)), tol=1e-4)
