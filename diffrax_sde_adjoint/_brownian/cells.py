@@ -13,21 +13,48 @@ from jaxtyping import Array, Float, Int
 
 
 class AbstractCells(eqx.Module):
-    """A division of `[edge(0), edge(count)]` into `count` cells."""
+    """A division of `[edge(0), edge(count)]` into `count` cells, of which the shortest
+    has length `shortest`.
+    """
 
     count: eqx.AbstractVar[Int[Array, ""]]
+    shortest: eqx.AbstractVar[Float[Array, ""]]
 
     @abc.abstractmethod
-    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def edge(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         """The time of edge `i`, for `i` in `0, ..., count`."""
 
     @abc.abstractmethod
-    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def length(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         """The length of cell `i`, more precisely than as a difference of edges."""
 
     @abc.abstractmethod
-    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+    def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
         """The number of the edge nearest to a time."""
+
+
+class OneCell(AbstractCells):
+    """The whole interval."""
+
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    count: Int[Array, ""]
+    shortest: Float[Array, ""]
+
+    def __init__(self, t0: Float[Array, ""], t1: Float[Array, ""]):
+        self.t0 = t0
+        self.t1 = t1
+        self.count = jnp.asarray(1, jnp.int32)
+        self.shortest = t1 - t0
+
+    def edge(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.where(i == 0, self.t0, self.t1)
+
+    def length(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.broadcast_to(self.t1 - self.t0, i.shape)
+
+    def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
+        return (t - self.t0 > self.t1 - t).astype(jnp.int32)
 
 
 class ConstantStepCells(AbstractCells):
@@ -42,6 +69,7 @@ class ConstantStepCells(AbstractCells):
     t1: Float[Array, ""]
     dt: Float[Array, ""]
     count: Int[Array, ""]
+    shortest: Float[Array, ""]
 
     def __init__(
         self, t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""]
@@ -52,20 +80,23 @@ class ConstantStepCells(AbstractCells):
         # Just above `dt`, so that rounding in the quotient does not add a step.
         above_dt = jnp.nextafter(dt, jnp.inf)
         self.count = jnp.ceil((t1 - t0) / above_dt).astype(jnp.int32)
+        # Only the first two can differ from the others.
+        i = jnp.minimum(jnp.arange(3, dtype=jnp.int32), self.count - 1)
+        self.shortest = jnp.min(self.length(i))
 
-    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def edge(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         fraction = i.astype(self.t0.dtype) / self.count.astype(self.t0.dtype)
         edge = self.t0 + (self.t1 - self.t0) * fraction
         edge = jnp.where(i == 1, self.t0 + self.dt, edge)
         return jnp.where(i == self.count, self.t1, edge)
 
-    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def length(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         even = (self.t1 - self.t0) / self.count.astype(self.t0.dtype)
         length = jnp.where(i == 0, self.dt, even)
         length = jnp.where(i == 1, even + (even - self.dt), length)
         return jnp.where(self.count == 1, self.t1 - self.t0, length)
 
-    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+    def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
         # The quotient does not depend on `t`, so loops over queries evaluate it once.
         rate = self.count.astype(self.t0.dtype) / (self.t1 - self.t0)
         i = jnp.round((t - self.t0) * rate)
@@ -81,18 +112,20 @@ class ListedCells(AbstractCells):
 
     edges: Float[Array, " edges"]
     count: Int[Array, ""]
+    shortest: Float[Array, ""]
 
     def __init__(self, edges: Float[Array, " edges"]):
         self.edges = edges
         self.count = jnp.asarray(len(edges) - 1, jnp.int32)
+        self.shortest = jnp.min(jnp.diff(edges))
 
-    def edge(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def edge(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         return self.edges[i]
 
-    def length(self, i: Int[Array, ""]) -> Float[Array, ""]:
+    def length(self, i: Int[Array, "..."]) -> Float[Array, "..."]:
         return self.edges[i + 1] - self.edges[i]
 
-    def nearest_edge(self, t: Float[Array, ""]) -> Int[Array, ""]:
+    def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
         i = jnp.searchsorted(self.edges, t, method="scan_unrolled").astype(jnp.int32)
         i = jnp.clip(i, 1, self.count)
         is_left = t - self.edges[i - 1] < self.edges[i] - t

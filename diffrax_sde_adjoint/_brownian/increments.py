@@ -1,55 +1,167 @@
-"""The algebra of Brownian increments.
+"""The algebra of Brownian increments: `W`, `H` and `K`.
 
-An increment over an interval is what is known of the path there, relative to its left
-end: the length `dt` of the interval and the increment `W` of the path over it, each a
-PyTree with the structure of the path's shape. Increments over adjacent intervals are
-joined into the one over their union; over disjoint intervals they are independent.
+Over an interval of length `h`, with `x` in `[0, 1]` the position within it, a path with
+white noise `dW` has
+
+    W = int dW,    H = int (1/2 - x) dW,    K = int (1/12 - x (1 - x) / 2) dW
+
+its increment, space-time Lévy area and space-time-time Lévy area. The three kernels are
+multiples of the first three Legendre polynomials, hence orthogonal: `W`, `H` and `K`
+are independent, with variances `h`, `h / 12` and `h / 720`. All that follows is algebra
+of these polynomials. How many of the three are known of an interval is the number of
+its *components*.
+
+**Embed**: what a part contributes to the whole. If the part has its midpoint at
+`y + 1/2` and width `w`, in units of the whole, then position `x'` in the part is
+`x = y + 1/2 + w (x' - 1/2)` in the whole. Written in `x'`, the kernels of the whole are
+combinations of those of the part:
+
+    W += W'
+    H += w H' - y W'
+    K += w^2 K' - w y H' + (y^2 + (w^2 - 1) / 12) / 2 W'
+
+**Join**: the components of two adjacent intervals together are what each contributes.
+
+**Restrict**: the mean of a part, given the whole. Given `W`, `H` and `K`, white noise
+has the mean `W + 12 H (1/2 - x) + 720 K (1/12 - x (1 - x) / 2)`, as the squared norms
+of the kernels are 1, 1/12 and 1/720. The components of this polynomial over a part are
+
+    W' = w (W - 12 y H + (360 y^2 + 30 (w^2 - 1)) K)
+    H' = w^2 (H - 60 y K)
+    K' = w^3 K
+
+**Split**: the components of the halves of an interval are these means, plus what is not
+known from the whole. This has as many dimensions as there are components, so is made of
+as many independent normal numbers; reflecting the interval maps each of them to itself
+up to sign, which nearly determines them (`halves`). For `[W, H]` this is Theorem 6.1.6
+of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024). Splitting
+without end expands white noise in an orthonormal basis of piecewise polynomials: Haar's
+for `[W]`, the multiwavelets of Alpert (1993) for the others.
+
+The split at a point other than the midpoint is in `bridge.py`.
+
+References:
+
+- James Foster, Numerical approximations for stochastic differential equations, PhD
+    thesis, University of Oxford, 2020.
+- Andraž Jelinčić, James Foster and Patrick Kidger, Single-seed generation of Brownian
+    paths and integrals for adaptive and high order SDE solvers, 2024, arXiv:2405.06464.
+- Bradley K. Alpert, A class of bases in L2 for the sparse representation of integral
+    operators, SIAM Journal on Mathematical Analysis 24, 1993.
 """
 
-import diffrax
+import math
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from .draws import at_least_single, draw
+
+
+# The standard deviations of `W`, `H` and `K` over an interval of length one.
+stds: tuple[float, float, float] = (1.0, 1 / math.sqrt(12), 1 / math.sqrt(720))
+
+# What is new in the halves of an interval of length one, by the number of components:
+# the coefficients of the normal numbers (last axis) in each component (first axis), of
+# the left half. In the right half these are multiplied by the `_signs`.
+_left_half: dict[int, list[list[float]]] = {
+    1: [[1 / 2]],
+    2: [[1 / 4, 0], [-1 / 8, 1 / math.sqrt(48)]],
+    3: [
+        [1 / 4, 0, 0],
+        [-1 / 8, 1 / math.sqrt(768), 0],
+        [0, -1 / math.sqrt(3072), 1 / math.sqrt(2880)],
+    ],
+}
+_signs = np.array([[-1, 0, 0], [1, -1, 0], [0, 1, -1]])
+
+
+class Increment(eqx.Module):
+    """The components of an interval of length `dt`, stacked along the first axis of
+    each array. In single precision at least, as those of long intervals are sums.
+    """
+
+    dt: Float[Array, ""]
+    components: PyTree[Array]
 
 
 def sample(
-    key: PRNGKeyArray, dt: Float[Array, ""], shape: PyTree[jax.ShapeDtypeStruct]
-) -> diffrax.BrownianIncrement:
-    """The increment over an interval of length `dt`, of which nothing else is known.
+    key: Key[Array, ""],
+    dt: Float[Array, ""],
+    shape: PyTree[jax.ShapeDtypeStruct],
+    num: int,
+) -> Increment:
+    """An interval of length `dt`, of which nothing else is known."""
 
-    `shape` is a PyTree of `jax.ShapeDtypeStruct`s; `W` has independent entries of mean
-    zero and variance `dt`.
+    def scale(z):
+        z = at_least_single(z)
+        std = jnp.sqrt(dt) * jnp.asarray(stds[:num], dt.dtype)
+        return z * std.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype)
+
+    return Increment(dt, jtu.tree_map(scale, draw(key, shape, num)))
+
+
+def join(left: Increment, right: Increment) -> Increment:
+    """The union of two adjacent intervals."""
+    dt = left.dt + right.dt
+    fraction = left.dt / jnp.where(dt > 0, dt, 1)
+
+    def join_leaf(x, y):
+        if len(x) == 1:
+            return x + y
+        a = fraction.astype(jnp.finfo(x.dtype).dtype)
+        contributions = zip(
+            embed(list(x), a / 2, a), embed(list(y), (1 + a) / 2, 1 - a), strict=True
+        )
+        return jnp.stack([x + y for x, y in contributions])
+
+    return Increment(dt, jtu.tree_map(join_leaf, left.components, right.components))
+
+
+def embed(part: list[Any], mid: Any, width: Any) -> list[Any]:
+    """What a part of an interval contributes to the components of the interval.
+
+    `mid` and `width` are the midpoint and the width of the part, in units of the
+    interval. Everything broadcasts.
     """
-    leaves, treedef = jtu.tree_flatten(shape)
-    # A path with one leaf, by far the most common, is spared the cost of a split.
-    keys = [key] if len(leaves) == 1 else jr.split(key, len(leaves))
-    std = jnp.sqrt(dt)
-    w = [
-        jr.normal(k, x.shape, x.dtype) * std.astype(x.dtype)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return diffrax.BrownianIncrement(
-        dt=_lengths(dt, shape), W=jtu.tree_unflatten(treedef, w)
-    )
+    y = mid - 0.5
+    w, h, k = [*part, None, None][:3]
+    out = [w]
+    if h is not None:
+        out.append(width * h - y * w)
+    if k is not None:
+        curvature = 0.5 * (y**2 + (width**2 - 1) / 12)
+        out.append(width**2 * k - width * y * h + curvature * w)
+    return out
 
 
-def zero(shape: PyTree[jax.ShapeDtypeStruct]) -> diffrax.BrownianIncrement:
-    """The increment over an interval of length zero."""
-    w = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-    return diffrax.BrownianIncrement(dt=_lengths(jnp.zeros(()), shape), W=w)
+def restrict(whole: list[Any], mid: Any, width: Any) -> list[Any]:
+    """The mean of the components of a part, given those of the interval.
+
+    Arguments are as for `embed`.
+    """
+    y = mid - 0.5
+    w, h, k = [*whole, None, None][:3]
+    if k is not None:
+        w = w + (360 * y**2 + 30 * (width**2 - 1)) * k
+    if h is not None:
+        w = w - 12 * y * h
+    out = [width * w]
+    if h is not None:
+        out.append(width**2 * (h if k is None else h - 60 * y * k))
+    if k is not None:
+        out.append(width**3 * k)
+    return out
 
 
-def join(
-    left: diffrax.BrownianIncrement, right: diffrax.BrownianIncrement
-) -> diffrax.BrownianIncrement:
-    """The increment over the union of two adjacent intervals."""
-    return jtu.tree_map(lambda a, b: a + b, left, right)
-
-
-def _lengths(
-    dt: Float[Array, ""], shape: PyTree[jax.ShapeDtypeStruct]
-) -> PyTree[Array]:
-    # A complex path has real lengths.
-    return jtu.tree_map(lambda x: dt.astype(jnp.finfo(x.dtype).dtype), shape)
+def halves(num: int) -> Float[np.ndarray, "halves num num"]:
+    """What is new in the halves of an interval of length one: the coefficients of `num`
+    standard normal numbers (last axis) in `num` components (second axis).
+    """
+    left = np.array(_left_half[num])
+    return np.stack([left, left * _signs[:num, :num]])

@@ -1,15 +1,17 @@
 """Brownian motion, drawn by the cell.
 
-The interval is divided into cells, and the increment over cell `i` is drawn from a key
-of its own, the `i`-th one folded from the path's key. As increments over disjoint
-intervals are independent, that is all there is to a path known at the edges of its
-cells: the increment over a union of cells is the join of theirs. Nothing is stored, and
-every value can be drawn again in any order.
+The interval is divided into cells (`cells.py`), and what is known of cell `i` is drawn
+from a key of its own, the `i`-th one folded from the path's key. As increments over
+disjoint intervals are independent, the increment over a union of cells is the join of
+theirs (`increments.py`). Within a cell, it is a combination of numbers drawn from keys
+of ever smaller parts of the cell (`refine.py`). Nothing is stored, and every value can
+be drawn again in any order.
 
-A step of a solver with fixed steps is one cell, if the cells are its steps. The query
-of one cell is one draw; the loop that is there for all others is not entered.
+Here the path is defined, and the query of a whole cell, such as a step of a solve whose
+steps are the cells: it is one draw. All other queries are in `query.py`.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,58 +22,157 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import (
+    Array,
+    ArrayLike,
+    Float,
+    Key,
+    PRNGKeyArray,
+    PyTree,
+    Real,
+)
 
 from .._compat import RealScalarLike, nondifferentiable
 from .._errors import error_if
-from . import increments
-from .cells import AbstractCells, ConstantStepCells, ListedCells
+from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
+from .increments import Increment
+from .query import any_query, draw_cell
 
 
 # A time within this many units of rounding of an edge is that edge: steps are computed
 # in a few roundings, from either end of the interval.
-_ULPS = 4
+_ULPS = 2
+
+# The parts of a cell are counted in 32 bits.
+_max_levels = 29
+_num_components = {
+    diffrax.BrownianIncrement: 1,
+    diffrax.SpaceTimeLevyArea: 2,
+    diffrax.SpaceTimeTimeLevyArea: 3,
+}
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
     """Exact Brownian motion over an interval, for the cost of drawing it.
 
     The interval `[t0, t1]` is cut into cells. A query of one cell is one draw of normal
-    numbers; with cells that are the steps of a solve, this is the cost of each step,
-    forwards and again when the solve is undone. Nothing is stored.
+    numbers: with cells that are the steps of a solve, this is the cost of each step,
+    forwards and again when the solve is undone. Any other query draws `levels + 2`
+    times as many numbers for each of its ends, and the cells it spans. Nothing is
+    stored.
 
     For given constructor arguments, `evaluate` is a pure function of its arguments: it
     does not depend on the order of queries, on `jit` or `vmap`, on the direction of the
-    solve, or on what differentiates it.
-
-    For the time being, each query has to be a union of cells. In a solve, that means
-    passing the step size `dt=dt0` of [`diffrax.ConstantStepSize`][], or the times `ts`
-    of [`diffrax.StepTo`][], to this too:
+    solve, or on what differentiates it. So any solver and step size controller sees one
+    and the same path; a step that is rejected has been a look at that path, and the
+    steps tried next are consistent with it.
 
     ```python
+    # Fixed steps: these are the cells.
     path = BrownianInterval(t0, t1, shape=(3,), key=key, dt=dt0)
+    # Adaptive steps: `dt` should be about the size of the longer steps.
+    path = BrownianInterval(
+        t0, t1, shape=(3,), key=key, dt=0.1, levy_area=diffrax.SpaceTimeLevyArea
+    )
     terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
-    diffeqsolve(terms, ReversibleHeun(), t0, t1, dt0, y0)
     ```
+
+    How this differs from torchsde's `BrownianInterval` and from
+    [`diffrax.VirtualBrownianTree`][]:
+
+    1. *Purity.* As for the tree, values are a function of the key and the query.
+        torchsde's depend on the queries made before, unless `halfway_tree=True`.
+    2. *Exactness.* `W`, `H` and `K` have the exact joint law for all queries, as long
+        as no two of their ends are different points within one resolution; and they
+        always add up. The same is true of the tree above its tolerance. Below it, its
+        `H` and `K` do not belong to any path, and do not get smaller with the length of
+        the query; here the path is smooth there, and they do. torchsde's are exact,
+        without `K`, but with approximations of space-space Lévy area, which is not
+        offered here.
+    3. *Cost.* One draw for a step on the grid, where the tree is walked from its root
+        twice. Off the grid nothing depends on where the query is, and numbers are drawn
+        for the levels within a cell instead of all levels from the whole interval to
+        the tolerance. But a query that spans many cells draws each of them.
+    4. *Memory.* Nothing is stored, as in the tree. torchsde keeps what was drawn in a
+        cache, which has to hold enough of the path to be fast.
+    5. *Resolution.* `2**-levels` of a cell, so it is finer where cells are short. The
+        tree has one tolerance for the whole interval. Positions have twice the
+        precision of the times, so float32 times do not limit the number of levels.
+    6. *Grids.* The cells can be the steps of a solve with fixed steps (`dt`) or given
+        times (`ts`). Paths that are cut in different ways are different paths, even
+        for the same key; so to compare step sizes on one path, keep its cells.
+    7. *Errors.* A query out of range is an error here and in the tree; torchsde warns
+        and clips it.
 
     !!! info "Steps that do not divide the interval"
 
         [`diffrax.ConstantStepSize`][] makes `n = ceil((t1 - t0) / dt0)` steps, of equal
         length but for the first two, which meet at `t0 + dt0`. These are the cells. The
         steps of a solve backwards in time are the mirror image of this; so if `dt0`
-        does not divide the interval, such a solve needs [`diffrax.StepTo`][] and `ts=`.
+        does not divide the interval, they are not cells, and cost more than one draw.
 
     !!! info "Derivatives"
 
         A path has no derivative in time. Differentiating a query with respect to its
         times is an error, as is differentiating through the constructor with respect
         to `t0`, `t1`, `dt` or `ts`.
+
+    ??? cite "References"
+
+        The laws of `H` and `K` of parts of an interval, given those of the whole:
+
+        ```bibtex
+        @phdthesis{foster2020numerical,
+            author={Foster, James},
+            title={{N}umerical approximations for stochastic differential equations},
+            school={University of Oxford},
+            year={2020}
+        }
+
+        @misc{jelincic2024singleseed,
+            author={Jelin\v{c}i\'c, Andra\v{z} and Foster, James and Kidger, Patrick},
+            title={{S}ingle-seed generation of {B}rownian paths and integrals for
+                   adaptive and high order {SDE} solvers},
+            year={2024},
+            eprint={2405.06464},
+            archivePrefix={arXiv}
+        }
+        ```
+
+        A tree of Brownian motion that is drawn again from its keys:
+
+        ```bibtex
+        @article{li2020scalable,
+            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
+                    Duvenaud, David},
+            title={{S}calable gradients for stochastic differential equations},
+            journal={International Conference on Artificial Intelligence and
+                     Statistics},
+            year={2020}
+        }
+        ```
+
+        The `BrownianInterval` of torchsde:
+
+        ```bibtex
+        @article{kidger2021efficient,
+            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
+            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
+            year={2021},
+            journal={Advances in Neural Information Processing Systems}
+        }
+        ```
     """
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
-    levy_area: type[diffrax.BrownianIncrement] = eqx.field(static=True)
-    key: PRNGKeyArray
+    levy_area: type[
+        diffrax.BrownianIncrement
+        | diffrax.SpaceTimeLevyArea
+        | diffrax.SpaceTimeTimeLevyArea
+    ] = eqx.field(static=True)
+    key: Key[Array, ""]
+    levels: int = eqx.field(static=True)
     _cells: AbstractCells
     # Flattened, as a static field has to be hashable and a PyTree need not be.
     _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
@@ -90,12 +191,20 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             | diffrax.SpaceTimeLevyArea
             | diffrax.SpaceTimeTimeLevyArea
         ] = diffrax.BrownianIncrement,
+        levels: int | None = None,
     ):
-        if levy_area is not diffrax.BrownianIncrement:
-            raise NotImplementedError(
-                "`BrownianInterval(levy_area=...)` supports only "
-                "`diffrax.BrownianIncrement`. Use `diffrax.VirtualBrownianTree` for "
-                "paths with Lévy areas."
+        if levy_area not in _num_components:
+            raise ValueError(
+                "`BrownianInterval(levy_area=...)` must be one of "
+                "`diffrax.BrownianIncrement`, `diffrax.SpaceTimeLevyArea` and "
+                f"`diffrax.SpaceTimeTimeLevyArea`, but is {levy_area}."
+            )
+        if levels is None:
+            levels = 20 if dt is None and ts is None else 10
+        if not hasattr(levels, "__index__") or not 0 <= levels <= _max_levels:
+            raise ValueError(
+                "`BrownianInterval(levels=...)` must be an integer from 0 to "
+                f"{_max_levels}, but is {levels}."
             )
         if dt is not None and ts is not None:
             raise ValueError("`BrownianInterval` takes either `dt` or `ts`, not both.")
@@ -110,14 +219,14 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         with jax.ensure_compile_time_eval():
             start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
             step = None if dt is None else jnp.asarray(dt, dtype)
-            edges = jnp.stack([start, end]) if ts is None else jnp.asarray(ts, dtype)
+            edges = None if ts is None else jnp.asarray(ts, dtype)
         end = error_if(
             end,
             lambda: ~((start < end) & jnp.isfinite(start) & jnp.isfinite(end)),
             "`BrownianInterval(t0=..., t1=...)` must be finite, with `t0 < t1`. (Also "
             "for solves that go backwards in time.)",
         )
-        edges = edges if ts is None else _check_ts(start, end, edges)
+        edges = None if edges is None else _check_ts(start, end, edges)
         step = None if step is None else _check_dt(start, end, step)
         start, end, step, edges = nondifferentiable(
             (start, end, step, edges),
@@ -125,10 +234,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         )
         self.t0 = start
         self.t1 = end
-        if step is None:
+        if step is not None:
+            self._cells = ConstantStepCells(start, end, step)
+        elif edges is not None:
             self._cells = ListedCells(edges)
         else:
-            self._cells = ConstantStepCells(start, end, step)
+            self._cells = OneCell(start, end)
 
         if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape):
             shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
@@ -144,9 +255,12 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
                     f"but has a leaf of dtype {x.dtype}."
                 )
         leaves, treedef = jtu.tree_flatten(shape)
+        if len(leaves) == 0:
+            raise ValueError("`BrownianInterval(shape=...)` has no leaves.")
         self._shape = (tuple(leaves), treedef)
-        self.key = key
+        self.key = _check_key(key)
         self.levy_area = levy_area
+        self.levels = operator.index(levels)
 
     @property
     def shape(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -160,9 +274,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array]:
-        """The increment of the path over `[t0, t1]`.
+        """The increment of the path over `[t0, t1]`, and its Lévy areas.
 
-        Over a single cell this costs one draw; over more, one draw for each.
+        Over a single cell this costs one draw; else `levels + 2` draws for each of both
+        ends, and one for each cell between the cells that they are in.
 
         **Arguments:**
 
@@ -170,20 +285,24 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         - `t1`: the end of the query. If not passed, then the query is from the start of
             the path to `t0`: the value of the path at `t0`, which starts at zero.
         - `left`: ignored, as Brownian motion has no jumps.
-        - `use_levy`: whether to return a [`diffrax.BrownianIncrement`][] instead of
-            just the increment `W`.
+        - `use_levy`: whether to return an instance of `levy_area`, which also has the
+            length `dt` of the query, instead of just the increment `W`.
+
+        A time within two units of rounding, at the larger end of the interval of the
+        path, of the edge of a cell is that edge.
 
         **Returns:**
 
         A PyTree of arrays with the shapes and dtypes of `shape`. Over a query of length
         `h` (in units of time), each entry is normal with mean zero and variance `h`.
-        With `use_levy=True`, a [`diffrax.BrownianIncrement`][] of such PyTrees.
+        With `use_levy=True`, an instance of `levy_area` of such PyTrees; `H` and `K`,
+        in the sense of diffrax, are independent of `W` and each other and have
+        variances `h / 12` and `h / 720`.
 
         **Raises:**
 
-        An error, when run, if the query is not a union of cells: if either end is more
-        than a few units of rounding from an edge, outside of `[self.t0, self.t1]`, or
-        NaN, or if `t0 > t1`.
+        An error, when run, if either end is outside of `[self.t0, self.t1]` (by more
+        than rounding) or NaN, or if `t0 > t1`.
         """
         del left
         query = (lax.stop_gradient(self.t0), t0) if t1 is None else (t0, t1)
@@ -197,44 +316,47 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     @eqx.filter_jit
     def _evaluate(
         self, t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
-    ) -> diffrax.BrownianIncrement:
+    ) -> diffrax.AbstractBrownianIncrement:
         t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
         cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
-        tol = _tolerance(start, end, dtypes)
+        # Below the length of a cell, such that no time is two edges.
+        tol = jnp.minimum(_tolerance(start, end, dtypes), 0.25 * cells.shortest)
 
-        first = cells.nearest_edge(t0)
-        is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
-        # Surely one cell, and cheap to find out: the end of the query is the next edge,
-        # and is not near to any other one.
-        second = jnp.minimum(first + 1, cells.count - 1)
-        shortest = jnp.minimum(cells.length(first), cells.length(second))
-        from_next_edge = jnp.abs(t1 - cells.edge(first + 1))
-        is_near = from_next_edge <= jnp.minimum(tol, 0.25 * shortest)
-        is_cell = is_edge0 & (first < cells.count) & is_near
-
-        def many_cells():
-            last = cells.nearest_edge(t1)
-            is_edge1 = jnp.abs(t1 - cells.edge(last)) <= tol
-            is_union = is_edge0 & is_edge1 & (first <= last)
-            return lax.fori_loop(
-                eqx.error_if(first, ~is_union, _not_a_union_of_cells),
-                last,
-                lambda i, inc: increments.join(inc, self._cell(cells, i)),
-                increments.zero(self.shape),
+        def evaluate():
+            is_within = (start - tol <= t0) & (t0 <= t1) & (t1 <= end + tol)
+            checked_t0 = eqx.error_if(t0, ~is_within, _bad_query)
+            ts = jnp.stack([checked_t0, t1])
+            return any_query(
+                self.key, cells, ts, tol, self.levels, self.shape, self._num
             )
 
-        # A loop of at most one iteration, as XLA runs it faster than a conditional.
+        if isinstance(cells, OneCell):
+            return self._to_diffrax(evaluate())
+        first = cells.nearest_edge(t0)
+        is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
+        is_edge1 = jnp.abs(t1 - cells.edge(first + 1)) <= tol
+        is_cell = is_edge0 & is_edge1 & (first < cells.count)
+        # A conditional in the form of a loop of at most one iteration: XLA runs it
+        # faster, and in a batch it is entered only if an element needs it.
         _, out = lax.while_loop(
             lambda val: val[0],
-            lambda val: (jnp.zeros_like(val[0]), many_cells()),
-            (~is_cell, self._cell(cells, first)),
+            lambda val: (jnp.zeros_like(val[0]), evaluate()),
+            (~is_cell, draw_cell(self.key, cells, first, self.shape, self._num)),
         )
-        return out
+        return self._to_diffrax(out)
 
-    def _cell(
-        self, cells: AbstractCells, i: Int[Array, ""]
-    ) -> diffrax.BrownianIncrement:
-        return increments.sample(jr.fold_in(self.key, i), cells.length(i), self.shape)
+    @property
+    def _num(self) -> int:
+        return _num_components[self.levy_area]
+
+    def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
+        # A complex path has real lengths.
+        real = lambda x: jnp.finfo(x.dtype).dtype
+        dt = jtu.tree_map(lambda x: inc.dt.astype(real(x)), self.shape)
+        component = lambda i: jtu.tree_map(
+            lambda x, y: x[i].astype(y.dtype), inc.components, self.shape
+        )
+        return self.levy_area(dt, *map(component, range(self._num)))
 
 
 BrownianInterval.__init__.__doc__ = """**Arguments:**
@@ -244,38 +366,68 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
 - `shape`: a PyTree of `jax.ShapeDtypeStruct`s, giving the shape, dtype and PyTree
     structure of the path. May also be a tuple of integers, for an array of this shape
     with the default floating-point dtype. Every floating-point dtype can be used.
-- `key`: a JAX random key, typed (`jax.random.key`) or not (`jax.random.PRNGKey`).
+- `key`: a JAX random key, typed (`jax.random.key`) or not (`jax.random.PRNGKey`), of
+    JAX's default implementation.
 - `dt`: divide the interval into the steps of a [`diffrax.ConstantStepSize`][] solve
     from `t0` to `t1` with `dt0=dt`. Must be positive and at most `t1 - t0`.
 - `ts`: divide the interval at these times, which are strictly increasing, start with
     `t0` and end with `t1`; for solves with [`diffrax.StepTo`][].
-- `levy_area`: must be [`diffrax.BrownianIncrement`][].
+- `levy_area`: what `evaluate(..., use_levy=True)` returns and solvers can ask for:
+    [`diffrax.BrownianIncrement`][], [`diffrax.SpaceTimeLevyArea`][] or
+    [`diffrax.SpaceTimeTimeLevyArea`][]. Each draws more numbers than the one before,
+    and is another path, even for the same key.
+- `levels`: how often a cell is halved to find values inside it, from 0 to 29. The
+    resolution of the path is the length of the cell over `2**levels`: below that the
+    path is smooth, and the variance of its increments too small. The cost of a query
+    that is not a union of cells is proportional to this. Defaults to 10 with `dt` or
+    `ts`, and to 20 with neither.
 
 With neither `dt` nor `ts` the whole interval is one cell. Paths that are divided in
 different ways are different paths, even for the same key.
 
 **Raises:**
 
-`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt` or `ts`
-outside of what is said above, or a `shape` with integer dtypes. `NotImplementedError`
-for other `levy_area`s. If the offending value is traced by JAX, an error when run.
+`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt`, `ts`,
+`levels` or `levy_area` outside of what is said above, or a `shape` with integer dtypes.
+If the offending value is traced by JAX, an error when run.
 """
 
-_not_a_union_of_cells = (
-    "`BrownianInterval.evaluate(t0, t1)` was queried over an interval that is not a "
-    "union of the cells of the path. Pass the steps of the solve to the path: `dt=...` "
-    "for `diffrax.ConstantStepSize`, or `ts=...` for `diffrax.StepTo`. Also check that "
-    "the query has `t0 <= t1`, within the interval of the path. (If `dt` does not "
-    "divide the interval, then the steps of a solve backwards in time differ from "
-    "those of a solve forwards in time; see the documentation of `BrownianInterval`.) "
-    "For other queries use `diffrax.VirtualBrownianTree`."
+_bad_query = (
+    "`BrownianInterval.evaluate(t0, t1)` needs `t0 <= t1`, both in the interval of the "
+    "path and not NaN. In a solve, check that the interval of the solve is within that "
+    "of the path, `BrownianInterval(t0=..., t1=...)`. (Also for solves that go "
+    "backwards in time, whose path has `t0 < t1` too.)"
 )
+
+
+def _check_key(key: PRNGKeyArray) -> Key[Array, ""]:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jr.wrap_key_data(key)
+    if key.ndim != 0:
+        raise ValueError(
+            "`BrownianInterval(key=...)` must be a single key, not an array of keys. "
+            "Use `jax.vmap` for several paths."
+        )
+    threefry = jax.eval_shape(lambda: jr.key(0, impl="threefry2x32"))
+    if key.dtype != threefry.dtype:
+        raise ValueError(
+            "`BrownianInterval(key=...)` must be a key of JAX's default kind, "
+            "`jax.random.key(seed, impl='threefry2x32')`. Others, such as `rbg`, give "
+            "other numbers in a batch than one by one, so a path could not be drawn "
+            "again."
+        )
+    return key
 
 
 def _check_dt(
     t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""]
 ) -> Float[Array, ""]:
     dt = error_if(dt, lambda: ~(dt > 0), "`BrownianInterval(dt=...)` must be positive.")
+    dt = error_if(
+        dt,
+        lambda: (t1 - t0) / dt >= 2**30,
+        "`BrownianInterval(dt=...)` must be such that there are at most 2**30 cells.",
+    )
     # A step that was computed as the length of the interval may be rounded upwards.
     return error_if(
         dt,

@@ -1,0 +1,159 @@
+"""Normal random numbers from keys, and combinations of them.
+
+Each evaluation of JAX's hash function makes 64 random bits. `jax.random.normal` folds
+them into 32 for a number in single precision; here they are two numbers. As hashing is
+most of the cost of a number on a CPU, they take 0.5-0.7 times as long for large arrays.
+Numbers in other precisions are those of `jax.random.normal`.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, Inexact, Key, PyTree, UInt32
+
+
+# XLA runs the operations of a loop one after the other on a CPU, and fast, if none of
+# them touches an array of more bytes. So operations that are there, but rarely run, had
+# better not.
+_small = 512
+# Into how many parts a draw is split at most to keep arrays small, as each is code that
+# has to be compiled.
+_max_parts = 6
+# XLA shares the work on large arrays among cores: the more there is, the better. What
+# is shared costs more than it saves for smaller ones.
+_large = 2**15
+
+
+def draw(
+    key: Key[Array, ""], shape: PyTree[jax.ShapeDtypeStruct], num: int
+) -> PyTree[Array]:
+    """`num` independent standard normal numbers for each entry, along a first axis."""
+    return _numbers(_hash(key, shape, num), shape, num)
+
+
+def _hash(
+    key: Key[Array, ""], shape: PyTree[jax.ShapeDtypeStruct], num: int
+) -> list[Array]:
+    leaves = jtu.tree_leaves(shape)
+    # A path with one leaf, by far the most common, is spared the cost of a split.
+    keys = [key] if len(leaves) == 1 else jr.split(key, len(leaves))
+    return [
+        _hash_leaf(k, (num, *x.shape), x.dtype)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+
+
+def _numbers(
+    hashed: list[Array], shape: PyTree[jax.ShapeDtypeStruct], num: int
+) -> PyTree[Array]:
+    leaves, treedef = jtu.tree_flatten(shape)
+    out = [
+        _to_normal(h, (num, *x.shape), x.dtype)
+        for h, x in zip(hashed, leaves, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, out)
+
+
+def combine(
+    keys: list[Key[Array, " keys"]],
+    coefs: list[list[Float[Array, "keys num"]]],
+    shape: PyTree[jax.ShapeDtypeStruct],
+) -> list[PyTree[Array]]:
+    """The components with the given coefficients of the numbers that keys give, for
+    each of several lists of keys. In single precision at least.
+    """
+    num = len(coefs[0])
+    stacked = [jnp.stack(x, axis=1) for x in coefs]
+    hash_all = jax.vmap(lambda key: _hash(key, shape, num))
+    all_numbers = jax.vmap(lambda hashed: _numbers(hashed, shape, num))
+    sizes = [num * x.size * x.dtype.itemsize for x in jtu.tree_leaves(shape)]
+    size = max([1, *sizes])
+    at_once = _small // size
+    if _max_parts * at_once < len(keys[0]):
+        if size >= _large:
+            numbers = all_numbers(hash_all(jnp.concatenate(keys)))
+            splits = np.cumsum([len(x) for x in keys])[:-1]
+            split = lambda x: jnp.split(x, splits)
+            numbers = jtu.tree_transpose(
+                jtu.tree_structure(numbers), None, jtu.tree_map(split, numbers)
+            )
+        else:
+            numbers = [all_numbers(hash_all(x)) for x in keys]
+        return [
+            jtu.tree_map(partial(_dot, c), x)
+            for c, x in zip(stacked, numbers, strict=True)
+        ]
+
+    # As many keys at once as keep all arrays small: hashes take half of the space.
+    def combine_in_parts(keys, coefs):
+        parts = []
+        for i in range(0, len(keys), 2 * at_once):
+            hashed = hash_all(keys[i : i + 2 * at_once])
+            for j in range(0, min(2 * at_once, len(keys) - i), at_once):
+                numbers = all_numbers([x[j : j + at_once] for x in hashed])
+                some = coefs[i + j : i + j + at_once]
+                parts.append(jtu.tree_map(partial(_sum_of_products, some), numbers))
+        return jtu.tree_map(lambda *x: sum(x[1:], x[0]), *parts)
+
+    return [combine_in_parts(k, c) for k, c in zip(keys, stacked, strict=True)]
+
+
+def _dot(
+    coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
+) -> Inexact[Array, "num *shape"]:
+    x = at_least_single(numbers)
+    coefs = coefs.astype(x.dtype)
+    # Not in the reduced precision that accelerators default to.
+    return jnp.einsum("kcn,kn...->c...", coefs, x, precision="highest")
+
+
+def _sum_of_products(
+    coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
+) -> Inexact[Array, "num *shape"]:
+    # As `_dot`, but XLA compiles this together with the draw.
+    x = at_least_single(numbers)
+    coefs = coefs.astype(x.dtype).reshape(*coefs.shape, *(1,) * (x.ndim - 2))
+    out = [jnp.sum(coefs[:, i] * x, axis=(0, 1)) for i in range(coefs.shape[1])]
+    return jnp.stack(out)
+
+
+def _hash_leaf(
+    key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype
+) -> Key[Array, ""] | UInt32[Array, "blocks 2"]:
+    """The first step of a draw: random bits, or the key if JAX makes the numbers."""
+    if dtype != jnp.float32:
+        return key
+    # The data of a key are random bits: those that JAX makes of all 64.
+    size = math.prod(shape)
+    if size <= 2:
+        return jr.key_data(key)[None, :2]
+    return jr.key_data(jr.split(key, -(-size // 2)))[:, :2]
+
+
+def _to_normal(
+    hashed: Key[Array, ""] | UInt32[Array, "blocks 2"],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Inexact[Array, "*shape"]:
+    """The second step of a draw: independent standard normal numbers."""
+    if dtype != jnp.float32:
+        return jr.normal(hashed, shape, dtype)
+    bits = jnp.concatenate([hashed[:, 0], hashed[:, 1]])
+    bits = bits[: math.prod(shape)].reshape(shape)
+    # Uniform on [1, 2), then on (-1, 1).
+    one = lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
+    uniform = lax.bitcast_convert_type((bits >> jnp.uint32(9)) | one, jnp.float32)
+    smallest = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
+    uniform = jnp.maximum((uniform - 1) * (1 - smallest) + smallest, smallest)
+    return jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+
+
+def at_least_single(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`x`, in single precision if it was in less."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
