@@ -20,6 +20,7 @@ _pages = {
         "diffrax.AbstractBrownianPath",
         "diffrax.BrownianIncrement",
         "diffrax.SpaceTimeLevyArea",
+        "diffrax.SpaceTimeTimeLevyArea",
         "diffrax.UnsafeBrownianPath",
         "diffrax.VirtualBrownianTree",
     ],
