@@ -4,10 +4,14 @@ import os
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers already fill the cores. A thread pool in each as well makes them
-    # wait for one another: the tests' arrays are small.
-    _one_thread = "--xla_cpu_multi_thread_eigen=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_one_thread}".strip()
+    _flags = [
+        # The workers already fill the cores. A thread pool in each as well makes them
+        # wait for one another: the tests' arrays are small.
+        "--xla_cpu_multi_thread_eigen=false",
+        # Programs run for less time than it takes to compile them.
+        "--xla_backend_optimization_level=1",
+    ]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax
 

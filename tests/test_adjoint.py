@@ -97,9 +97,24 @@ def make_loss(noise, saveat, backward=False, dtype=jnp.float64, steps="constant"
     return loss, drift, diffusion, y0, args
 
 
-@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
-@pytest.mark.parametrize("saveat", saveats.values(), ids=saveats)
-@pytest.mark.parametrize("noise", noise_shapes)
+def gradient_cases():
+    """Every noise with every `SaveAt`, forward and backward. By default, each noise and
+    each `SaveAt` in both directions, as every case is two programs to compile.
+    """
+    for i, noise in enumerate(noise_shapes):
+        for j, saveat in enumerate(saveats):
+            for backward in (False, True):
+                is_default = (i + j) % len(saveats) == 2 * backward
+                yield pytest.param(
+                    noise,
+                    saveats[saveat],
+                    backward,
+                    id=f"{noise}-{saveat}-{'backward' if backward else 'forward'}",
+                    marks=() if is_default else pytest.mark.slow,
+                )
+
+
+@pytest.mark.parametrize("noise,saveat,backward", [*gradient_cases()])
 def test_gradients(noise, saveat, backward):
     assert_equal_gradients(*make_loss(noise, saveat, backward))
 
@@ -137,7 +152,7 @@ def scalar_loss(adjoint, y0, args, key=None, **kwargs):
     return weigh(scalar_solve(y0, args, key, adjoint, **kwargs).ys)
 
 
-@pytest.mark.parametrize("num_steps", (1, 62, 63, 64, 126, 127))
+@pytest.mark.parametrize("num_steps", (1, 63, 64, 127))
 def test_any_number_of_steps(num_steps):
     """Also around the length of a page of the tape."""
     loss = lambda *args: scalar_loss(
@@ -155,12 +170,10 @@ def test_all_orders_of_vmap_and_grad():
     def derivatives(adjoint):
         solve = lambda y0, args, key: scalar_loss(adjoint, y0, args, key)
         batched = jax.vmap(solve, in_axes=(0, None, 0))
-        total = lambda y0, args: jnp.sum(batched(y0, args, keys(3)))
         twice = jax.vmap(batched, in_axes=(None, None, 0))
         nested = lambda y0, args: jnp.sum(twice(y0, args, keys(6).reshape(2, 3)))
         many = jtu.tree_map(lambda x: jnp.stack([x, 2 * x, 3 * x]), scalar_args)
         return (
-            jax.grad(total, argnums=(0, 1))(y0, scalar_args),
             jax.vmap(jax.grad(solve, argnums=(0, 1)), in_axes=(0, None, 0))(
                 y0, scalar_args, keys(3)
             ),
@@ -268,13 +281,14 @@ def test_closures():
         grad_in_closure = lambda rate: jax.grad(lambda y0: solve(rate, y0, data[0]))(y0)
         return (
             jax.grad(solve, argnums=(0, 1, 2))(rate, y0, data[0]),
-            jax.jit(grad_in_closure)(rate),
+            grad_in_closure(rate),
             jax.vmap(jax.grad(solve), in_axes=(None, None, 0))(rate, y0, data),
             jax.grad(lambda rate: jnp.sum(mapped(rate, y0, data)))(rate),
         )
 
-    theirs = derivatives(diffrax.RecursiveCheckpointAdjoint())
-    assert relative_error(derivatives(StochasticAdjoint()), theirs) < 1e-10
+    ours = jax.jit(lambda: derivatives(StochasticAdjoint()))()
+    theirs = jax.jit(lambda: derivatives(diffrax.RecursiveCheckpointAdjoint()))()
+    assert relative_error(ours, theirs) < 1e-10
 
 
 @pytest.mark.parametrize("saveat", (dict(t1=True), dict(ts=[5.0, 5.03, 5.9], t0=True)))
@@ -536,10 +550,11 @@ def test_step_that_cannot_be_undone():
     assert jnp.isnan(grad)
 
 
-def ou_solution(adjoint, args, horizon, dt, dtype, **kwargs):
+def ou_solution(adjoint, args, horizon, dt, dtype, key=None, **kwargs):
     """The final value of an OU process; `args` are its rate and its diffusion."""
-    t0, t1, dt = (jnp.array(x, dtype) for x in (0, horizon, dt))
-    path = BrownianInterval(t0, t1, struct((), dtype), jr.key(0), dt=dt)
+    t0, t1, dt = (jnp.asarray(x, dtype) for x in (0, horizon, dt))
+    key = jr.key(0) if key is None else key
+    path = BrownianInterval(t0, t1, struct((), dtype), key, dt=dt)
     terms = make_terms(
         lambda t, y, args: -args[0] * y, lambda t, y, args: args[1], path
     )
@@ -564,7 +579,7 @@ def test_contracting_dynamics(dtype):
         return jnp.stack(jax.grad(loss)(args))
 
     returned = []
-    for horizon in (1, 2, 4, 10):
+    for horizon in jnp.array([1, 2, 4, 10], dtype):
         expected = grad(horizon, diffrax.RecursiveCheckpointAdjoint(), True)
         quiet = grad(horizon, StochasticAdjoint(), False)
         returned.append(bool(jnp.all(jnp.isfinite(quiet))))
@@ -585,7 +600,10 @@ def test_harmless_reconstruction_errors():
     f32 = jnp.float32
 
     def loss(adjoint, args):
-        return weigh(ou_solution(adjoint, args, 10, 1e-3, f32, max_steps=10_000))
+        solve = lambda key: ou_solution(
+            adjoint, args, 10, 1e-3, f32, key=key, max_steps=10_000
+        )
+        return weigh(jax.vmap(solve)(keys(8)))
 
     # Errors in the first state are 4e-4.
     assert_equal_gradients(loss, (f32(0.7), f32(0.5)), tol=1e-4)

@@ -24,25 +24,6 @@ W = diffrax.BrownianIncrement
 H = diffrax.SpaceTimeLevyArea
 K = diffrax.SpaceTimeTimeLevyArea
 
-# Here most of the time is that of compiling. These make it three times faster, and the
-# solves not much slower.
-_options: dict = dict(xla_backend_optimization_level=1)
-if (0, 8) <= jax.__version_info__ < (0, 11):
-    _options["xla_cpu_use_fusion_emitters"] = False
-
-
-def compiled(fn: Callable) -> Callable:
-    """`fn` compiled for its first arguments, which are arrays."""
-    program = None
-
-    def call(*args):
-        nonlocal program
-        if program is None:
-            program = jax.jit(fn).lower(*args).compile(compiler_options=_options)
-        return program(*args)
-
-    return call
-
 
 class Problem(NamedTuple):
     """An SDE over `[0, 1]`, and where its strong orders can be seen."""
@@ -202,7 +183,7 @@ def make_solve(case: str, with_dt: bool) -> Callable:
 
         return jax.vmap(solve_one)(keys(128))
 
-    return compiled(solve)
+    return jax.jit(solve)
 
 
 @ft.cache
@@ -360,7 +341,7 @@ def make_geometric(case: str, grid: str, controller: str, dtype=f64) -> Callable
 
 def batched(solve: Callable, num: int) -> Callable:
     solve = jax.vmap(solve, in_axes=(0, None, None, None))
-    return compiled(lambda *args: solve(keys(num), *args))
+    return jax.jit(lambda *args: solve(keys(num), *args))
 
 
 @pytest.mark.parametrize(
@@ -415,7 +396,7 @@ def test_vmap_equals_a_loop():
     solve = make_geometric("Heun", "dt", "clip")
     args = as_arrays(0.0, 1.0, 1e-2)
     in_batch = batched(solve, num)(*args)
-    solve = compiled(solve)
+    solve = jax.jit(solve)
     looped = [solve(key, *args) for key in keys(num)]
     log_y, exact, rejected = map(np.stack, zip(*looped, strict=True))
     assert len(np.unique(rejected)) > 3
@@ -445,7 +426,7 @@ def test_adaptive_steps_tend_to_fixed_ones(case):
         return ys, sol.stats["num_rejected_steps"]
 
     batch = jax.vmap(solve_one, in_axes=(0, None, None, None, None))
-    solve = compiled(lambda *args: batch(keys(128), *args))
+    solve = jax.jit(lambda *args: batch(keys(128), *args))
     assert problem.reference is not None
     name, k = problem.reference
     expected = fixed_steps(name, "off the grid", k)[:, 0]
