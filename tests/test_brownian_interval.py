@@ -292,7 +292,13 @@ def test_half_precision_over_many_cells():
     ),
     ids=str,
 )
-@pytest.mark.parametrize("levy_area", levy_areas.values(), ids=levy_areas)
+@pytest.mark.parametrize(
+    "levy_area",
+    [
+        pytest.param(x, id=name, marks=pytest.mark.slow if name == "H" else ())
+        for name, x in levy_areas.items()
+    ],
+)
 def test_pytree_shapes(shape, levy_area):
     expected = struct((), f64) if shape == () else shape
     # A cell, nothing, and parts of three cells.

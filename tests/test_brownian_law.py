@@ -105,8 +105,12 @@ def sample(queries, num, dtype, num_keys, **kwargs) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "num,dtype",
-    ((1, jnp.float64), (2, jnp.float64), (3, jnp.float64), (3, jnp.float32)),
-    ids=("W", "WH", "WHK", "WHK, float32"),
+    (
+        pytest.param(1, jnp.float64, id="W"),
+        pytest.param(2, jnp.float64, id="WH", marks=pytest.mark.slow),
+        pytest.param(3, jnp.float64, id="WHK"),
+        pytest.param(3, jnp.float32, id="WHK, float32", marks=pytest.mark.slow),
+    ),
 )
 @pytest.mark.parametrize("grid", grids.values(), ids=grids)
 def test_joint_law(grid, num, dtype):

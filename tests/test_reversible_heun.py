@@ -33,8 +33,14 @@ def make_solve(noise, dtype, num_steps=100):
     return terms, t0, t1, dt, y0, args
 
 
-@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
-@pytest.mark.parametrize("noise", noise_shapes)
+noises_and_dtypes = [
+    *((noise, jnp.float64) for noise in noise_shapes),
+    ("general operator", jnp.float32),
+    ("diagonal", jnp.float32),
+]
+
+
+@pytest.mark.parametrize("noise,dtype", noises_and_dtypes)
 def test_equals_diffrax_to_the_bit(noise, dtype):
     terms, t0, t1, dt, y0, args = make_solve(noise, dtype)
 
@@ -72,8 +78,7 @@ def test_equals_diffrax_with_adaptive_steps():
     assert eqx.tree_equal(solve(ReversibleHeun()), solve(diffrax.ReversibleHeun()))
 
 
-@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
-@pytest.mark.parametrize("noise", noise_shapes)
+@pytest.mark.parametrize("noise,dtype", noises_and_dtypes)
 def test_backward_step_undoes_step(noise, dtype):
     """Over 1000 steps, at the state of every one of them."""
     num_steps = 1000

@@ -217,9 +217,8 @@ def test_no_solver_is_missing():
 @pytest.mark.parametrize(
     "grid",
     (
-        "on the grid",
+        pytest.param("on the grid", marks=pytest.mark.slow),
         "off the grid",
-        # The two others share what is compiled, and this has to be compiled as well.
         pytest.param("one cell", marks=pytest.mark.slow),
     ),
 )
