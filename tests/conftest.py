@@ -1,6 +1,7 @@
 """Settings for every test; they are made here, before JAX starts."""
 
 import os
+import pathlib
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -14,9 +15,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax
+import pytest
 
 
 # Tests name their dtypes; without this, float64 would silently be float32.
 jax.config.update("jax_enable_x64", True)
 # An accidental mix of dtypes is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Lets go of compiled programs when there are many.
+
+    Each takes some memory maps, of which Linux allows a process 65 530 by default. Then
+    XLA ends it with a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 25_000:
+        jax.clear_caches()
