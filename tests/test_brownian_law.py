@@ -144,8 +144,9 @@ def test_joint_law(grid, num, dtype):
         assert scipy.stats.kstest(x, "norm").pvalue > 1e-6
 
 
-def test_entries_and_leaves_are_independent():
-    shape = (struct((3,), jnp.float64), {"x": struct((2, 2), jnp.float64)})
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+def test_entries_and_leaves_are_independent(dtype):
+    shape = (struct((3,), dtype), {"x": struct((2, 2), dtype)})
 
     @jax.jit
     @jax.vmap

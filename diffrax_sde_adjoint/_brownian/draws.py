@@ -3,7 +3,8 @@
 Each evaluation of JAX's hash function makes 64 random bits. `jax.random.normal` folds
 them into 32 for a number in single precision; here they are two numbers. As hashing is
 most of the cost of a number on a CPU, they take 0.5-0.7 times as long for large arrays.
-Numbers in other precisions are those of `jax.random.normal`.
+Double precision and complex numbers are those of `jax.random.normal`. Half precision is
+drawn in single: few bits have a bias, which adds up over many cells.
 """
 
 import math
@@ -127,7 +128,7 @@ def _hash_leaf(
     key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Key[Array, ""] | UInt32[Array, "blocks 2"]:
     """The first step of a draw: random bits, or the key if JAX makes the numbers."""
-    if dtype != jnp.float32:
+    if not _is_at_most_single(dtype):
         return key
     # The data of a key are random bits: those that JAX makes of all 64.
     size = math.prod(shape)
@@ -141,8 +142,10 @@ def _to_normal(
     shape: tuple[int, ...],
     dtype: jnp.dtype,
 ) -> Inexact[Array, "*shape"]:
-    """The second step of a draw: independent standard normal numbers."""
-    if dtype != jnp.float32:
+    """The second step of a draw: independent standard normal numbers, in at least
+    single precision.
+    """
+    if not _is_at_most_single(dtype):
         return jr.normal(hashed, shape, dtype)
     bits = jnp.concatenate([hashed[:, 0], hashed[:, 1]])
     bits = bits[: math.prod(shape)].reshape(shape)
@@ -152,6 +155,10 @@ def _to_normal(
     smallest = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
     uniform = jnp.maximum((uniform - 1) * (1 - smallest) + smallest, smallest)
     return jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+
+
+def _is_at_most_single(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
 
 
 def at_least_single(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:

@@ -61,11 +61,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     times as many numbers for each of its ends, and the cells it spans. Nothing is
     stored.
 
-    For given constructor arguments, `evaluate` is a pure function of its arguments: it
-    does not depend on the order of queries, on `jit` or `vmap`, on the direction of the
-    solve, or on what differentiates it. So any solver and step size controller sees one
-    and the same path; a step that is rejected has been a look at that path, and the
-    steps tried next are consistent with it.
+    For given constructor arguments, `evaluate` is a pure function of its arguments. Up
+    to rounding, it does not depend on the order of queries, on `jit` or `vmap`, on the
+    direction of the solve, or on what differentiates it. So any solver and step size
+    controller sees one and the same path; a step that is rejected has been a look at
+    that path, and the steps tried next are consistent with it.
 
     ```python
     # Fixed steps: these are the cells.
@@ -83,21 +83,23 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     1. *Purity.* As for the tree, values are a function of the key and the query.
         torchsde's depend on the queries made before, unless `halfway_tree=True`.
     2. *Exactness.* `W`, `H` and `K` have the exact joint law for all queries, as long
-        as no two of their ends are different points within one resolution; and they
-        always add up. The same is true of the tree above its tolerance. Below it, its
-        `H` and `K` do not belong to any path, and do not get smaller with the length of
-        the query; here the path is smooth there, and they do. torchsde's are exact,
-        without `K`, but with approximations of space-space Lévy area, which is not
-        offered here.
+        as no two of their ends are different points of one leaf, the smallest part of a
+        cell; and they always add up. An end that is within two units of rounding (of
+        the larger of `t0` and `t1`) of an edge of a cell counts as that edge. The same
+        is true of the tree above its tolerance. Below it, its `H` and `K` do not belong
+        to any path, and do not get smaller with the length of the query; here the path
+        is smooth there, and they do. torchsde's are exact, without `K`, but with
+        approximations of space-space Lévy area, which is not offered here.
     3. *Cost.* One draw for a step on the grid, where the tree is walked from its root
-        twice. Off the grid nothing depends on where the query is, and numbers are drawn
-        for the levels within a cell instead of all levels from the whole interval to
-        the tolerance. But a query that spans many cells draws each of them.
+        twice. Off the grid the cost does not depend on the place in a cell, and numbers
+        are drawn for the levels within a cell instead of all levels from the whole
+        interval to the tolerance. But a query that spans many cells draws each of them.
     4. *Memory.* Nothing is stored, as in the tree. torchsde keeps what was drawn in a
         cache, which has to hold enough of the path to be fast.
     5. *Resolution.* `2**-levels` of a cell, so it is finer where cells are short. The
-        tree has one tolerance for the whole interval. Positions have twice the
-        precision of the times, so float32 times do not limit the number of levels.
+        tree has one tolerance for the whole interval. Places in a cell have twice the
+        precision of the times; what float32 limits is how far from an edge a time can
+        be told from it.
     6. *Grids.* The cells can be the steps of a solve with fixed steps (`dt`) or given
         times (`ts`). Paths that are cut in different ways are different paths, even
         for the same key; so to compare step sizes on one path, keep its cells.
@@ -335,7 +337,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         first = cells.nearest_edge(t0)
         is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
         is_edge1 = jnp.abs(t1 - cells.edge(first + 1)) <= tol
-        is_cell = is_edge0 & is_edge1 & (first < cells.count)
+        is_cell = is_edge0 & is_edge1 & (first < cells.count) & (t0 < t1)
         # A conditional in the form of a loop of at most one iteration: XLA runs it
         # faster, and in a batch it is entered only if an element needs it.
         _, out = lax.while_loop(
@@ -369,7 +371,8 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
 - `key`: a JAX random key, typed (`jax.random.key`) or not (`jax.random.PRNGKey`), of
     JAX's default implementation.
 - `dt`: divide the interval into the steps of a [`diffrax.ConstantStepSize`][] solve
-    from `t0` to `t1` with `dt0=dt`. Must be positive and at most `t1 - t0`.
+    from `t0` to `t1` with `dt0=dt`. Must be at most `t1 - t0`, and at least two units
+    of rounding of the times. There may be at most 2**30 steps.
 - `ts`: divide the interval at these times, which are strictly increasing, start with
     `t0` and end with `t1`; for solves with [`diffrax.StepTo`][].
 - `levy_area`: what `evaluate(..., use_levy=True)` returns and solvers can ask for:
@@ -378,9 +381,9 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     and is another path, even for the same key.
 - `levels`: how often a cell is halved to find values inside it, from 0 to 29. The
     resolution of the path is the length of the cell over `2**levels`: below that the
-    path is smooth, and the variance of its increments too small. The cost of a query
-    that is not a union of cells is proportional to this. Defaults to 10 with `dt` or
-    `ts`, and to 20 with neither.
+    path is smooth, and the variances of increments are wrong, mostly too small. The
+    cost of a query that is not a single cell is proportional to this. Defaults to 10
+    with `dt` or `ts`, and to 20 with neither.
 
 With neither `dt` nor `ts` the whole interval is one cell. Paths that are divided in
 different ways are different paths, even for the same key.
@@ -388,8 +391,9 @@ different ways are different paths, even for the same key.
 **Raises:**
 
 `ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt`, `ts`,
-`levels` or `levy_area` outside of what is said above, or a `shape` with integer dtypes.
-If the offending value is traced by JAX, an error when run.
+`levels` or `levy_area` outside of what is said above, a `shape` with integer dtypes, or
+more than one key, or one of another kind. If the offending value is traced by JAX, an
+error when run.
 """
 
 _bad_query = (
@@ -423,6 +427,12 @@ def _check_dt(
     t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""]
 ) -> Float[Array, ""]:
     dt = error_if(dt, lambda: ~(dt > 0), "`BrownianInterval(dt=...)` must be positive.")
+    dt = error_if(
+        dt,
+        lambda: dt < _tolerance(t0, t1, (t0.dtype,)),
+        "`BrownianInterval(dt=...)` must be at least two units of rounding of the "
+        "times `t0` and `t1`. Let the path start closer to zero, or use float64.",
+    )
     dt = error_if(
         dt,
         lambda: (t1 - t0) / dt >= 2**30,

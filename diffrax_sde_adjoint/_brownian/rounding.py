@@ -42,5 +42,5 @@ def _halve_digits(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`x` as a sum of two numbers with half as many binary digits."""
     info = jnp.finfo(x.dtype)
-    upper = lax.reduce_precision(x, info.nexp, info.nmant // 2)
+    upper = lax.reduce_precision(x, info.nexp, (info.nmant - 1) // 2)
     return upper, x - upper
