@@ -1,76 +1,101 @@
 """`StochasticAdjoint`: what it accepts, and the call into the backward sweep.
 
-A solve is one function with a derivative of its own. Forwards it is diffrax's own loop,
-which records a tape (`_tape.py`); backwards it is the sweep (`_sweep.py`). Everything
-before and after the loop, such as the initial state of the solver or the output of
-`diffeqsolve`, is differentiated by JAX.
+A solve is diffrax's own, up to its loop over steps. This runs without derivatives, and
+records a tape (`_tape.py`); its derivative is the sweep (`_sweep/`). Everything
+before and after the loop, such as the initial state of the solver, the time of an event
+or the output of `diffeqsolve`, is differentiated by JAX.
 """
 
+import math
 from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
 
-from ._closures import hoist_closures
+from ._batching import with_derivative
+from ._closures import (
+    hoist_closures,
+    hoist_save_fns,
+    without_derivative,
+    without_derivative_of_closure,
+)
 from ._compat import (
+    SaveState,
     State,
     is_unsafe_sde,
     nondifferentiable,
     nondifferentiable_backward,
     save_y,
 )
-from ._guard import did_not_return, has_drifted, largest
-from ._saves import SavedCotangents
+from ._guard import Drift, did_not_return
+from ._saves import Position, Saved, SaveInputs, zeros_like
 from ._solver import AbstractReversibleSolver, ReversibleHeun
-from ._sweep import sweep
-from ._tape import loop_and_record, plain_while_loop
+from ._sweep import (
+    Cotangents,
+    Sweep,
+    SweepState,
+    arrive,
+    can_stagger,
+    replay,
+    reverse,
+    staggered,
+)
+from ._tape import SolveState, loop_and_record, plain_while_loop
 
 
 _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
+# Of a page of the tape, if there is nothing else to say how long one should be.
+_steps_per_page = 63
 
 
 class StochasticAdjoint(diffrax.AbstractAdjoint):
-    """Backpropagate through [`diffrax.diffeqsolve`][] by undoing its steps.
-
-    Gradients are those of the numerical solution, as for
-    [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its; memory
-    does not grow with the number of steps, but for the time of each (4 bytes in
-    float32). Going back through a step costs undoing it and one VJP of it.
+    """Backpropagate through [`diffrax.diffeqsolve`][], exactly, and fast.
 
     ```python
-    diffeqsolve(..., solver=ReversibleHeun(), adjoint=StochasticAdjoint())
+    diffeqsolve(..., adjoint=StochasticAdjoint())
     ```
 
-    This needs a solver whose steps can be undone: any
-    [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
-    [`diffrax_sde_adjoint.ReversibleHeun`][]. For convenience,
-    [`diffrax.ReversibleHeun`][] is accepted too, and replaced by the latter. Any terms
-    that the solver accepts can be used: SDEs, ODEs and CDEs. Brownian paths have to
-    give the same value when queried again, as
+    Gradients are those of the numerical solution, as for
+    [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its, for every
+    solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
+    Which steps are made is not differentiated. There are two ways back through a solve:
+
+    - *Undoing its steps*, with a solver for which this is possible: any
+        [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
+        [`diffrax_sde_adjoint.ReversibleHeun`][]. Memory does not grow with the number
+        of steps, except for the time of each of `max_steps` (4 bytes in float32, twice
+        that if there can be jumps). Going back through a step costs undoing it and one
+        VJP of it. For convenience, [`diffrax.ReversibleHeun`][] is replaced by ours.
+    - *Making its steps again*, with any other solver. The forward solve keeps its state
+        every `checkpoint_every` steps; from there the steps in between are made again,
+        and their states kept for as long as they are needed. This holds
+        `max_steps / checkpoint_every + checkpoint_every` states. Going back through a
+        step costs making it and one VJP of it.
+
+    Brownian paths have to give the same value when queried again, as
     [`diffrax_sde_adjoint.BrownianInterval`][] does.
 
     Undoing a solve whose dynamics contract amplifies rounding errors. If it does not
-    lead back to where the solve started, and this would change the loss by more than
+    lead back to where the solve had been, and this would change the loss by more than
     the cube root of the unit of rounding (6e-6 in float64, 5e-3 in float32, relative to
-    the outputs times their cotangents), then this is an error; or, with
-    `diffeqsolve(..., throw=False)`, the gradient is NaN.
+    the size of the outputs times their cotangents), then this is an error; or, with
+    `diffeqsolve(..., throw=False)`, the gradient is NaN. With `checkpoint_every`, this
+    starts anew from every state that was kept.
 
-    Gradients are computed with respect to `y0`, `args`, a passed `solver_state`, every
-    floating-point array inside `terms`, and whatever a vector field refers to by
-    closure. Differentiating with respect to anything else is an error.
+    Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
+    `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
+    field or a `SaveAt(fn=...)` refers to by closure. Differentiating with respect to
+    anything else is an error.
 
     ??? info "What is not supported"
 
         The following raise an error, and need [`diffrax.RecursiveCheckpointAdjoint`][]:
 
-        - step size controllers other than [`diffrax.ConstantStepSize`][] and
-            [`diffrax.StepTo`][];
-        - `SaveAt` with `steps`, `fn`, `subs` or `dense`;
-        - events, and passing `made_jump`;
+        - differentiating with respect to `t0`, `t1`, `dt0`, the solver, or what is in
+            the step size controller (and Brownian paths have no derivative in time);
+        - controls that refer by closure to something that is differentiated;
         - forward-mode autodifferentiation, and differentiating a gradient again;
         - differentiating a solve with `max_steps=None`.
 
@@ -85,6 +110,16 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         }
         ```
     """
+
+    checkpoint_every: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        num = self.checkpoint_every
+        if num is not None and (not isinstance(num, int) or num < 1):
+            raise ValueError(
+                "`StochasticAdjoint(checkpoint_every=...)` must be a positive integer, "
+                f"or `None`, but is {num}."
+            )
 
     def loop(
         self,
@@ -105,27 +140,46 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> tuple[State, Any]:
-        del passed_solver_state, passed_controller_state
-        terms = hoist_closures(terms, t0, init_state.y, args)
+        del passed_solver_state
+        if is_unsafe_sde(terms):
+            raise ValueError(
+                "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, "
+                "as it cannot be evaluated again. Use "
+                "`diffrax_sde_adjoint.BrownianInterval`, which costs the same."
+            )
         if type(solver) is diffrax.ReversibleHeun:
             solver = ReversibleHeun()
-        _check_supported(terms, solver, stepsize_controller, event, saveat, init_state)
+        terms = hoist_closures(terms, t0, init_state.y, args)
+        saveat = hoist_save_fns(saveat, t0, init_state.y, args)
 
         t0, t1, dt0 = (
-            nondifferentiable(x, name=_name(f"`{name}`"))
+            nondifferentiable(x, msg=_not_differentiated(f"`{name}`"))
             for x, name in ((t0, "t0"), (t1, "t1"), (dt0, "dt0"))
         )
-        saveat = nondifferentiable(saveat, name=_name("`SaveAt(ts=...)`"))
         stepsize_controller = nondifferentiable(
-            stepsize_controller, name=_name("`stepsize_controller`")
+            stepsize_controller, msg=_not_differentiated("`stepsize_controller`")
         )
-        y0, solver_state0 = init_state.y, init_state.solver_state
-        init_state = _with_initial(init_state, None, None)
-        init_state = nondifferentiable(init_state, name=_name("the times of a solve"))
+        solver = nondifferentiable(solver, msg=_not_differentiated("`solver`"))
+        init_state = _nondifferentiable_times(init_state, passed_controller_state)
 
-        final_state, aux_stats = _solve(
-            (y0, solver_state0, args, terms),
-            self=self,
+        def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
+            return self._differentiable_loop(
+                cond_fun,
+                body_fun,
+                init_state,
+                max_steps=max_steps,
+                buffers=buffers,
+                args=args,
+                terms=terms,
+                solver=solver,
+                stepsize_controller=stepsize_controller,
+                saveat=saveat,
+                throw=throw,
+            )
+
+        return self._loop(
+            args=args,
+            terms=terms,
             solver=solver,
             stepsize_controller=stepsize_controller,
             event=event,
@@ -134,196 +188,261 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             t1=t1,
             dt0=dt0,
             max_steps=max_steps,
-            throw=throw,
             init_state=init_state,
+            inner_while_loop=plain_while_loop,
+            outer_while_loop=outer_while_loop,
             progress_meter=progress_meter,
         )
-        return _only_outputs_differentiable(final_state), aux_stats
+
+    def _differentiable_loop(
+        self,
+        cond_fun,
+        body_fun,
+        init_state,
+        *,
+        max_steps,
+        buffers,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        saveat,
+        throw,
+    ) -> State:
+        subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
+        own = (
+            SolveState(init_state.y, init_state.solver_state),
+            [x.ys for x in _save_states(init_state)],
+        )
+        save_inputs = SaveInputs(
+            args, [sub.fn for sub in subs], [sub.ts for sub in subs]
+        )
+        init_state = without_derivative(init_state)
+        cond_fun, body_fun = map(without_derivative_of_closure, (cond_fun, body_fun))
+        if max_steps is None:
+            tape = None
+            final_state = plain_while_loop(
+                cond_fun, body_fun, init_state, max_steps=None, buffers=buffers
+            )
+        else:
+            steps_per_page = self.checkpoint_every
+            if steps_per_page is None:
+                steps_per_page = _default_steps_per_page(solver, max_steps)
+            final_state, tape = loop_and_record(
+                cond_fun,
+                body_fun,
+                init_state,
+                max_steps=max_steps,
+                buffers=buffers,
+                steps_per_page=steps_per_page,
+                may_have_gaps=_may_jump(stepsize_controller, init_state.made_jump),
+                take_snapshots=not _is_reversible(solver)
+                or self.checkpoint_every is not None,
+            )
+        final_state = with_derivative(
+            _Backward([sub.steps for sub in subs], throw),
+            (terms, save_inputs),
+            own,
+            (tape, [x.save_index for x in _save_states(init_state)], solver),
+            final_state,
+        )
+        return eqx.tree_at(
+            lambda s: s.controller_state,
+            final_state,
+            replace_fn=lambda x: nondifferentiable_backward(
+                x,
+                msg=_not_differentiated("the output `controller_state`"),
+                symbolic=False,
+            ),
+            is_leaf=_is_none,
+        )
 
 
-StochasticAdjoint.__init__.__doc__ = """**Arguments:** None"""
+StochasticAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `checkpoint_every`: keep the state of the solve every so many accepted steps. With a
+    solver whose steps can be undone, this bounds for how long rounding errors can grow;
+    by default nothing is kept. With other solvers every value takes the same time; by
+    default it is the square root of `max_steps`, which takes the least memory.
+
+**Raises:**
+
+`ValueError` if `checkpoint_every` is not a positive integer.
+"""
+
+
+class _Backward(eqx.Module):
+    """The rule for the derivative of the loop of a solve, which starts with certain
+    states and outputs, and refers to terms and to the inputs of what is saved.
+    """
+
+    steps: list[int]
+    throw: bool
+
+    def __call__(
+        self, perturbed, inputs, residuals, final_state, grad_final_state, axes
+    ):
+        inputs, residuals, final_state, grad_final_state = nondifferentiable(
+            (inputs, residuals, final_state, grad_final_state),
+            msg="`adjoint=StochasticAdjoint()` does not support differentiating a "
+            f"gradient again. {_instead}",
+        )
+        (terms, save_inputs), (init_state, _) = inputs
+        (perturbed_terms, perturbed_save_inputs), _ = perturbed
+        tape, num_saved, solver = residuals
+        if tape is None:
+            raise ValueError(
+                "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+                "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
+                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
+                "which may be generous: it costs the size of one floating-point number "
+                "a step."
+            )
+        diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
+        diff_inputs, nondiff_inputs = eqx.partition(save_inputs, perturbed_save_inputs)
+        save_states = _save_states(final_state)
+        grad_save_states = _save_states(grad_final_state)
+        saved = Saved(
+            self.steps,
+            axes,
+            nondiff_inputs,
+            [x.ys for x in grad_save_states],
+            [x.ts for x in grad_save_states],
+            grad_final_state.dense_infos,
+            grad_final_state.event_dense_info,
+        )
+        # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
+        is_runge_kutta = issubclass(type(solver), diffrax.AbstractRungeKutta)
+        if axes and is_runge_kutta and solver.scan_kind is None:
+            # By default, the loop over stages has its own rule for its derivative, in
+            # which nothing is summed over a batch.
+            solver = eqx.tree_at(
+                lambda s: s.scan_kind, solver, "bounded", is_leaf=_is_none
+            )
+        sweep = Sweep(solver, tape, saved, diff_inputs, diff_terms, nondiff_terms, axes)
+        get_dense_infos = lambda state: (state.dense_infos, state.event_dense_info)
+        saved_ys = [
+            (state.ys, grad, fn is save_y)
+            for state, grad, fn in zip(
+                save_states, saved.grad_ys, save_inputs.fns, strict=True
+            )
+        ]
+        end = SweepState(
+            SolveState(final_state.y, final_state.solver_state),
+            final_state.tprev,
+            [
+                Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
+                for x in save_states
+            ],
+            Cotangents(
+                grad_final_state.y,
+                grad_final_state.solver_state,
+                zeros_like(diff_terms),
+                zeros_like(diff_inputs),
+            ),
+            Drift.none(
+                tape.largest_y,
+                [grad_final_state.y, *(grad for _, grad, is_y in saved_ys if is_y)],
+                (
+                    [ys for ys, _, is_y in saved_ys if not is_y],
+                    get_dense_infos(final_state),
+                ),
+                (
+                    [grad for _, grad, is_y in saved_ys if not is_y],
+                    get_dense_infos(grad_final_state),
+                ),
+            ),
+            diffrax.RESULTS.successful,
+        )
+        if not _is_reversible(solver):
+            start = sweep(replay, end)
+        else:
+            way = staggered if can_stagger(sweep, end) else reverse
+            start = arrive(sweep(way, end), init_state)
+        grads = start.grads
+
+        # What was saved within the steps has been dealt with.
+        def is_kept(grad, first, state):
+            index = jnp.arange(len(grad)).reshape((-1,) + (1,) * (grad.ndim - 1))
+            return (index < first) | (index >= state.save_index)
+
+        grad_init_ys = [
+            jtu.tree_map(lambda g, i=i, x=x: jnp.where(is_kept(g, i, x), g, 0), grad)
+            for grad, i, x in zip(saved.grad_ys, num_saved, save_states, strict=True)
+        ]
+        grad_shared = (grads.terms, grads.inputs)
+        grad_own = (SolveState(grads.y, grads.solver_state), grad_init_ys)
+        failed = jnp.invert(diffrax.is_okay(start.result))
+        drifted = start.drift.is_too_large()
+        if self.throw:
+            grad_shared, grad_own = start.result.error_if(
+                (grad_shared, grad_own), failed
+            )
+            grad_shared, grad_own = eqx.error_if(
+                (grad_shared, grad_own), drifted, did_not_return
+            )
+        return grad_shared, grad_own, failed | drifted
 
 
 def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _name(what: str) -> str:
-    return f"When using `adjoint=StochasticAdjoint()`, then {what}"
+def _is_subsaveat(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
 
 
-def _check_supported(
-    terms: PyTree[diffrax.AbstractTerm],
-    solver: diffrax.AbstractSolver,
-    stepsize_controller: diffrax.AbstractStepSizeController,
-    event: diffrax.Event | None,
-    saveat: diffrax.SaveAt,
-    init_state: State,
-) -> None:
-    if is_unsafe_sde(terms):
-        raise ValueError(
-            "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, as "
-            "it cannot be evaluated again. Use `diffrax_sde_adjoint.BrownianInterval`, "
-            "which costs the same."
-        )
+def _save_states(state: State) -> list[SaveState]:
+    is_save_state = lambda x: isinstance(x, SaveState)
+    leaves = jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
+    return [x for x in leaves if is_save_state(x)]
+
+
+def _is_reversible(solver: diffrax.AbstractSolver) -> bool:
     # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
-    if not issubclass(type(solver), AbstractReversibleSolver):
-        kind = (
-            "Itô solver" if isinstance(solver, diffrax.AbstractItoSolver) else "solver"
-        )
-        raise NotImplementedError(
-            f"`adjoint=StochasticAdjoint()` does not support the {kind} "
-            f"`{type(solver).__name__}`, as its steps cannot be undone. Use "
-            "`solver=diffrax_sde_adjoint.ReversibleHeun()` (which solves Stratonovich "
-            "SDEs), or an `AbstractReversibleSolver` of your own, or "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
-    is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
-    subs = saveat.subs
-    unsupported = {
-        f"`stepsize_controller={type(stepsize_controller).__name__}(...)`": not (
-            isinstance(stepsize_controller, diffrax.ConstantStepSize | diffrax.StepTo)
-        ),
-        "`event=...`": event is not None,
-        "`SaveAt(dense=True)`": saveat.dense,
-        "`SaveAt(subs=...)`": not is_subsaveat(subs),
-        "`SaveAt(steps=...)`": is_subsaveat(subs) and subs.steps != 0,
-        "`SaveAt(fn=...)`": is_subsaveat(subs) and subs.fn is not save_y,
-        "`made_jump=...`": init_state.made_jump is not False,
-    }
-    for what, is_used in unsupported.items():
-        if is_used:
-            raise NotImplementedError(
-                f"`adjoint=StochasticAdjoint()` does not support {what}. {_instead}"
-            )
+    return issubclass(type(solver), AbstractReversibleSolver)
 
 
-def _only_outputs_differentiable(final_state: State) -> State:
-    def get_outputs(state):
-        return state.save_state.ys, state.solver_state
+def _default_steps_per_page(solver: diffrax.AbstractSolver, max_steps: int) -> int:
+    if _is_reversible(solver):
+        return _steps_per_page
+    return max(1, math.ceil(math.sqrt(max_steps)))
 
-    outputs = get_outputs(final_state)
-    final_state = nondifferentiable_backward(
-        final_state,
-        name=_name("an output other than `ys` and `solver_state`"),
-        symbolic=False,
+
+def _may_jump(controller: diffrax.AbstractStepSizeController, made_jump: Any) -> bool:
+    """Whether a step may start elsewhere than where the one before it ended, or after a
+    jump.
+    """
+    if made_jump is not False:
+        return True
+    if type(controller) is diffrax.ClipStepSizeController:
+        has_jumps = controller.jump_ts is not None
+        return has_jumps or _may_jump(controller.controller, made_jump)
+    never = (diffrax.ConstantStepSize, diffrax.StepTo, diffrax.PIDController)
+    return type(controller) not in never
+
+
+def _not_differentiated(what: str) -> str:
+    return (
+        f"`adjoint=StochasticAdjoint()` does not differentiate {what}. {_instead} (Of "
+        "the times of steps, it records what they were, not how they came about.)"
     )
-    return eqx.tree_at(get_outputs, final_state, outputs, is_leaf=_is_none)
 
 
-def _with_initial(init_state: State, y0, solver_state0) -> State:
+def _nondifferentiable_times(init_state: State, passed_controller_state: bool) -> State:
+    get_times = lambda s: (s.tprev, s.tnext, s.made_jump)
+    times = nondifferentiable(
+        get_times(init_state), msg=_not_differentiated("the times of a solve")
+    )
+    if passed_controller_state:
+        controller_state = nondifferentiable(
+            init_state.controller_state, msg=_not_differentiated("`controller_state`")
+        )
+    else:
+        controller_state = without_derivative(init_state.controller_state)
     return eqx.tree_at(
-        lambda s: (s.y, s.solver_state),
+        lambda s: (*get_times(s), s.controller_state),
         init_state,
-        (y0, solver_state0),
+        (*times, controller_state),
         is_leaf=_is_none,
     )
-
-
-@eqx.filter_custom_vjp
-def _solve(vjp_arg, *, self, init_state, throw, **kwargs):
-    del throw
-    y0, solver_state0, args, terms = vjp_arg
-    return self._loop(
-        args=args,
-        terms=terms,
-        init_state=_with_initial(init_state, y0, solver_state0),
-        inner_while_loop=plain_while_loop,
-        outer_while_loop=plain_while_loop,
-        **kwargs,
-    )
-
-
-@_solve.def_fwd
-def _solve_fwd(
-    perturbed, vjp_arg, *, self, init_state, saveat, t0, t1, max_steps, throw, **kwargs
-):
-    del perturbed, throw
-    if max_steps is None:
-        raise ValueError(
-            "Cannot differentiate `diffeqsolve(..., max_steps=None, "
-            "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory to "
-            "allocate for the times of the steps. Pass a bound as `max_steps`, which "
-            "may be generous: it costs the size of one floating-point number a step."
-        )
-    y0, solver_state0, args, terms = vjp_arg
-    final_state, aux_stats, tape = loop_and_record(
-        self._loop,
-        init_state=_with_initial(init_state, y0, solver_state0),
-        max_steps=max_steps,
-        saveat=saveat,
-        t0=t0,
-        t1=t1,
-        args=args,
-        terms=terms,
-        **kwargs,
-    )
-    save_state, solver_state1 = final_state.save_state, final_state.solver_state
-    num_ts = save_state.saveat_ts_index
-    if saveat.subs.ts is not None:
-        # diffrax saves at all of `ts`, without counting, if there are no steps to make.
-        num_ts = jnp.where(t0 == t1, len(saveat.subs.ts), num_ts)
-    out_struct = eqx.filter_eval_shape(lambda: (save_state.ys, solver_state1))
-    residuals = (tape, num_ts, final_state.y, solver_state1, out_struct)
-    return (final_state, aux_stats), residuals
-
-
-@_solve.def_bwd
-def _solve_bwd(
-    residuals, grad_out, perturbed, vjp_arg, *, solver, saveat, throw, **kwargs
-):
-    del kwargs
-    residuals, grad_out, vjp_arg = nondifferentiable(
-        (residuals, grad_out, vjp_arg),
-        msg="`adjoint=StochasticAdjoint()` does not support differentiating a gradient "
-        f"again. {_instead}",
-    )
-    tape, num_ts, y1, solver_state1, out_struct = residuals
-    grad_final_state, _ = grad_out
-    y0, solver_state0, args, terms = vjp_arg
-    _, _, perturbed_args, perturbed_terms = perturbed
-
-    grad_ys, grad_solver_state1 = jtu.tree_map(
-        _materialise_zeros,
-        out_struct,
-        (grad_final_state.save_state.ys, grad_final_state.solver_state),
-    )
-    subs = saveat.subs
-    saved = SavedCotangents(subs.t0, subs.t1, subs.ts, grad_ys, num_ts)
-    swept = sweep(
-        terms,
-        solver,
-        args,
-        tape,
-        saved,
-        y1,
-        solver_state1,
-        grad_solver_state1,
-        perturbed_args,
-        perturbed_terms,
-    )
-    grads = swept.grads
-    failed = jnp.invert(diffrax.is_okay(swept.result))
-    drifted = has_drifted(
-        found=(swept.y, swept.solver_state),
-        start=(y0, solver_state0),
-        grad_start=(grads.y, grads.solver_state),
-        grad_out=(grad_ys, grad_solver_state1),
-        largest_out=(swept.largest_y, largest(solver_state1)),
-    )
-    grad_y0 = saved.add_grad_initial_y(grads.y, swept.num_ts_left)
-    grad_vjp_arg = (grad_y0, grads.solver_state, grads.args, grads.terms)
-    if throw:
-        grad_vjp_arg = swept.result.error_if(grad_vjp_arg, failed)
-        return eqx.error_if(grad_vjp_arg, drifted, did_not_return)
-    else:
-        is_wrong = failed | drifted
-        return jtu.tree_map(lambda x: jnp.where(is_wrong, jnp.nan, x), grad_vjp_arg)
-
-
-def _materialise_zeros(
-    struct: jax.ShapeDtypeStruct, grad: Array | None
-) -> Array | None:
-    if not jnp.issubdtype(struct.dtype, jnp.inexact):
-        return None
-    return jnp.zeros(struct.shape, struct.dtype) if grad is None else grad

@@ -1,21 +1,35 @@
-"""What a vector field refers to by closure, made a part of its term.
+"""What functions refer to by closure: made a part of them, or without a derivative.
 
 JAX passes arrays into a function with a derivative of its own only through its
-arguments. So where a vector field refers to an array that is being traced (by `jit`,
-`vmap` or `grad`), it is replaced by one that has this array as a part of itself.
+arguments. So where a vector field or a function of a `SubSaveAt` refers to an array
+that is being traced (by `jit`, `vmap` or `grad`), it is replaced by one that has this
+array as a part of itself.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
 import jax.core
 import jax.extend as jex
+import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._compat import VF, Args, RealScalarLike, Y
+from ._compat import (
+    VF,
+    Args,
+    RealScalarLike,
+    WrapTerm,
+    Y,
+    nondifferentiable,
+    save_y,
+)
 from ._controls import is_single_term
+
+
+_T = TypeVar("_T", bound=PyTree)
 
 
 class _HoistedTerm(diffrax.AbstractTerm):
@@ -43,6 +57,11 @@ class _HoistedTerm(diffrax.AbstractTerm):
     def prod(self, vf: VF, control: PyTree) -> Y:
         return self.term.prod(vf, control)
 
+    def is_vf_expensive(
+        self, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
+    ) -> bool:
+        return self.term.is_vf_expensive(t0, t1, y, args)
+
 
 def hoist_closures(
     terms: PyTree[diffrax.AbstractTerm], t: RealScalarLike, y: Y, args: Args
@@ -53,8 +72,67 @@ def hoist_closures(
         vf = lambda term, t, y, args: term.vf(t, y, args)
         closed_jaxpr, *out_struct = eqx.filter_make_jaxpr(vf)(term, t, y, args)
         closure = closed_jaxpr.consts
+
+        def product(term, t, y, args):
+            control = term.contr(t, t)
+            return control, term.prod(term.vf(t, y, args), control)
+
+        everything, *_ = eqx.filter_make_jaxpr(product)(term, t, y, args)
+        _check_controls(set(map(id, closure)), everything.consts)
         if not any(isinstance(x, jax.core.Tracer) for x in closure):
             return term
+        unwrapped = term.term if isinstance(term, WrapTerm) else term
+        if isinstance(unwrapped, diffrax.UnderdampedLangevinDriftTerm):
+            raise NotImplementedError(
+                "`UnderdampedLangevinDriftTerm(grad_f=...)` must not refer to an array "
+                "that is traced by JAX with `adjoint=StochasticAdjoint()`. Make it a "
+                "part of `grad_f`, as an `equinox.Module` or `jax.tree_util.Partial`, "
+                "or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            )
         return _HoistedTerm(term, closure, closed_jaxpr.jaxpr, tuple(out_struct))
 
     return jtu.tree_map(hoist, terms, is_leaf=is_single_term)
+
+
+def _check_controls(of_vector_field: set[int], everything: list[Any]) -> None:
+    """An error if a control is differentiated in what it refers to by closure."""
+    for x in everything:
+        if isinstance(x, jax.core.Tracer) and id(x) not in of_vector_field:
+            nondifferentiable(
+                x,
+                msg="`adjoint=StochasticAdjoint()` does not differentiate what a "
+                "control refers to by closure. Make it a part of the control, as in "
+                "`diffrax.ControlTerm(vector_field, jax.tree_util.Partial(f, x))`, or "
+                "use `adjoint=diffrax.RecursiveCheckpointAdjoint()`.",
+            )
+
+
+def hoist_save_fns(
+    saveat: diffrax.SaveAt, t: RealScalarLike, y: Y, args: Args
+) -> diffrax.SaveAt:
+    """`saveat`, none of whose functions refers to an array by closure."""
+
+    def hoist(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
+        if sub.fn is save_y:
+            return sub
+        fn = eqx.filter_closure_convert(sub.fn, t, y, args)
+        return eqx.tree_at(lambda s: s.fn, sub, fn)
+
+    is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
+    subs = jtu.tree_map(hoist, saveat.subs, is_leaf=is_subsaveat)
+    return eqx.tree_at(lambda s: s.subs, saveat, subs)
+
+
+def without_derivative(tree: _T) -> _T:
+    """`tree`, whose arrays have no derivative."""
+    stop = lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
+    return jtu.tree_map(stop, tree)
+
+
+def without_derivative_of_closure(fn: Callable[..., _T]) -> Callable[..., _T]:
+    """`fn`, without a derivative with respect to what it refers to by closure."""
+
+    def wrapped(*args):
+        return without_derivative(eqx.filter_closure_convert(fn, *args))(*args)
+
+    return wrapped

@@ -1,11 +1,11 @@
-"""Whether a sweep has come back close enough to where the solve started.
+"""Whether a sweep has come back close enough to where the solve had been.
 
 Undoing steps amplifies rounding errors if the dynamics contract, and gradients are
-evaluated at the states so found. The first of these states is known. That it is missed
-does no harm in itself: for a stable solve of contracting dynamics, the loss depends on
-early states as little as these are found inaccurately. So what is looked at is what the
-difference is worth to the loss, which is, to first order, its product with the
-cotangent of the first state.
+evaluated at the states so found. The first of these states is known, and so are those
+that the forward solve has kept. That they are missed does no harm in itself: for a
+stable solve of contracting dynamics, the loss depends on early states as little as
+these are found inaccurately. So what is looked at is what the differences are worth to
+the loss, which is, to first order, their product with the cotangents of these states.
 """
 
 from typing import Any
@@ -24,47 +24,75 @@ did_not_return = (
     "`adjoint=StochasticAdjoint()` could not undo the steps of the solve: going back "
     "from its end, it arrived so far from its start that gradients would be wrong. The "
     "dynamics contract too much over this time for the solver, whose forward solution "
-    "is likely to be inaccurate as well (compare with `diffrax.Heun`). Solve in "
-    "shorter pieces, with smaller steps or in float64; or use another solver and "
-    "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+    "may be inaccurate as well (compare with `diffrax.Heun`). Keep the solve every so "
+    "many steps with `StochasticAdjoint(checkpoint_every=...)`, make smaller steps, or "
+    "solve in float64; or use another solver, such as `diffrax.Heun`, of which no step "
+    "has to be undone, or `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
 )
 
 
-def has_drifted(
-    found: PyTree[Any],
-    start: PyTree[Any],
-    grad_start: PyTree[Array | None],
-    grad_out: PyTree[Array | None],
-    largest_out: PyTree[Float[Array, ""] | None],
-) -> Bool[Array, ""]:
-    """Whether the difference of `found` and `start` matters to the loss.
+class Drift(eqx.Module):
+    """How far a sweep has drifted from the solve.
 
-    It does so if its product with the cotangent `grad_start` is more than the cube root
-    of the unit of rounding, relative to the product of the outputs with their
-    cotangents `grad_out`. For the size of the outputs, that of the largest state on
-    the way stands in. NaNs are let pass: they speak for themselves.
+    `worth` is what the differences between states that were found and those known are
+    worth to the loss, added up. It is compared with the size of the outputs times that
+    of their cotangents. Where an output is the solution, its size is its largest entry
+    at any time of the forward solve, `largest_y`, as it may just pass through zero;
+    `grad_y` is the size of its cotangents. Both are by leaf. `others` is the product
+    for all other outputs.
     """
 
-    def worth_of(grad, x, x0):
-        return None if grad is None else jnp.sum(jnp.abs(grad * (x - x0)))
+    worth: Float[Array, ""]
+    largest_y: PyTree[Float[Array, ""]]
+    grad_y: PyTree[Float[Array, ""]]
+    others: Float[Array, ""]
 
-    def scale_of(grad, largest):
-        return None if grad is None else jnp.sum(jnp.abs(grad)) * largest
+    @staticmethod
+    def none(
+        largest_y: PyTree[Float[Array, ""]],
+        grad_ys: list[PyTree[Array]],
+        others: PyTree[Array],
+        grad_others: PyTree[Array | None],
+    ) -> "Drift":
+        """At the end of the solve. `grad_ys` are the cotangents of the solution, where
+        it is an output.
+        """
 
-    is_none = lambda x: x is None
-    worth = jtu.tree_map(worth_of, grad_start, found, start, is_leaf=is_none)
-    scale = jtu.tree_map(scale_of, grad_out, largest_out, is_leaf=is_none)
-    eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(scale)]
-    tol = max(eps, default=0.0) ** _root
-    return _total(worth) > tol * _total(scale)
+        def product(grad, x):
+            if grad is None:
+                return None
+            # What has not been saved to is infinite.
+            size = jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
+            return jnp.sum(jnp.abs(grad)) * size
 
+        is_none = lambda x: x is None
+        sizes = [jtu.tree_map(lambda x: jnp.sum(jnp.abs(x)), g) for g in grad_ys]
+        return Drift(
+            jnp.zeros((), jnp.result_type(float)),
+            largest_y,
+            jtu.tree_map(lambda *x: sum(x), *sizes),
+            _total(jtu.tree_map(product, grad_others, others, is_leaf=is_none)),
+        )
 
-def largest(tree: PyTree[Any]) -> PyTree[Float[Array, ""] | None]:
-    """The largest absolute value of each array, which may be empty; `None` for leaves
-    that are not floating-point arrays.
-    """
-    arrays = eqx.filter(tree, eqx.is_inexact_array)
-    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), arrays)
+    def arrived(
+        self, found: PyTree[Any], known: PyTree[Any], grad: PyTree[Array | None]
+    ) -> "Drift":
+        """At a state that is `known`, found as `found`, and with cotangent `grad`."""
+
+        def worth(grad, x, x0):
+            return None if grad is None else jnp.sum(jnp.abs(grad * (x - x0)))
+
+        more = jtu.tree_map(worth, grad, found, known, is_leaf=lambda x: x is None)
+        return eqx.tree_at(lambda drift: drift.worth, self, self.worth + _total(more))
+
+    def is_too_large(self) -> Bool[Array, ""]:
+        """Whether gradients are wrong: by more than the cube root of the unit of
+        rounding. NaNs are let pass: they speak for themselves.
+        """
+        products = jtu.tree_map(lambda g, a: g * a, self.grad_y, self.largest_y)
+        scale = _total(products) + self.others
+        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(self.largest_y)]
+        return self.worth > max(eps, default=0.0) ** _root * scale
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

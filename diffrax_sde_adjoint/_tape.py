@@ -1,13 +1,16 @@
-"""What a forward solve records for the backward sweep: when its steps were made.
+"""What a forward solve records for the backward sweep.
 
-Only the times of accepted steps are recorded, one number a step. It is all that has to
-be known of the forward solve, beside its end, to go back through its very steps.
+That is when its accepted steps were made, one number a step (or two, and whether the
+step came after a jump, where the step size controller may leave gaps between steps);
+and, if wanted, snapshots of the solve every so many steps. Everything else about the
+forward solve can be found again from these and its end.
 
 The tape is cut into pages, and both the forward loop and the sweep are two nested
-loops: over pages, and over the steps of a page. An inner loop handles one page alone.
-This is for speed only. XLA runs the operations of a loop's body on the CPU one after
-the other if none of them touches a large array (512 bytes), and otherwise through a
-scheduler, which takes several times longer than a step of a small solve.
+loops: over pages, and over the steps of a page. Snapshots are taken at the start of
+each page. An inner loop handles one page alone. Where there are no snapshots this is
+for speed only: XLA runs the operations of a loop's body on the CPU one after the other
+if none of them touches a large array (512 bytes), and otherwise through a scheduler,
+which takes several times longer than a step of a small solve.
 """
 
 import math
@@ -16,99 +19,178 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._compat import State, while_loop
+from ._compat import BoolScalarLike, State, Y, while_loop
 
 
-_steps_per_page = 63
+class SolveState(eqx.Module):
+    """The state of a solve between two steps."""
+
+    y: Y
+    solver_state: PyTree[Any]
 
 
 class Tape(eqx.Module):
-    """The times of a solve's steps.
+    """The times of a solve's accepted steps, and snapshots of it.
 
-    Step `k` of page `i` was made from `pages[i, k]` to `pages[i, k + 1]`. All pages are
-    filled to the end but the last one, which holds what is left of `num_steps`.
+    Step `k` of page `i` ended at `ends[i, k + 1]`, after one that ended at `ends[i, k]`
+    (for the first step, this is where the solve starts). It started there or, where
+    there may be gaps between steps, at `starts[i, k]`. In the latter case the two ends
+    of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
+    are filled to the end but the last one, which holds what is left of `num_steps`.
+    `snapshots` are at the start of each page. `largest_y` has the largest entry of each
+    leaf of the solution, at any time.
     """
 
-    pages: Float[Array, "pages steps_per_page_plus_1"]
+    ends: Float[Array, "pages steps_per_page_plus_1"]
+    starts: Float[Array, "pages steps_per_page"] | None
+    snapshots: SolveState | None
+    largest_y: PyTree[Float[Array, ""]]
     num_steps: Int[Array, ""]
 
     @property
-    def num_pages(self) -> Int[Array, ""]:
-        return -(-self.num_steps // _steps_per_page)
+    def steps_per_page(self) -> int:
+        return self.ends.shape[-1] - 1
 
-    def num_steps_on_page(self, i: Int[Array, ""]) -> Int[Array, ""]:
-        return jnp.minimum(self.num_steps - i * _steps_per_page, _steps_per_page)
+    @property
+    def num_pages(self) -> Int[Array, ""]:
+        return -(-self.num_steps // self.steps_per_page)
+
+    def page(self, i: Int[Array, ""]) -> "Page":
+        ends, starts, snapshot = jtu.tree_map(
+            lambda x: x[i], (self.ends, self.starts, self.snapshots)
+        )
+        num_before = i * self.steps_per_page
+        num_steps = jnp.minimum(self.num_steps - num_before, self.steps_per_page)
+        return Page(ends, starts, snapshot, num_before, num_steps)
+
+
+class Step(eqx.Module):
+    """The accepted step number `index`, counted from zero, after one that ended at
+    `prev_t1`. In a batch, it may be that only other elements made so many steps.
+    """
+
+    prev_t1: Float[Array, ""]
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    made_jump: BoolScalarLike
+    index: Int[Array, ""]
+    is_made: BoolScalarLike
+
+
+class Page(eqx.Module):
+    """A page of a tape, which holds `num_steps` steps, after `num_before` others."""
+
+    ends: Float[Array, " steps_per_page_plus_1"]
+    starts: Float[Array, " steps_per_page"] | None
+    snapshot: SolveState | None
+    num_before: Int[Array, ""]
+    num_steps: Int[Array, ""]
+
+    def step(self, k: Int[Array, ""], is_made: BoolScalarLike) -> Step:
+        index = self.num_before + k
+        end = self.ends[k + 1]
+        if self.starts is None:
+            start = self.ends[k]
+            return Step(start, start, end, False, index, is_made)
+        start = self.starts[k]
+        is_swapped_before = (k > 0) & (self.starts[k - 1] > self.ends[k])
+        prev_t1 = jnp.where(is_swapped_before, self.starts[k - 1], self.ends[k])
+        t0, t1 = jnp.minimum(start, end), jnp.maximum(start, end)
+        return Step(prev_t1, t0, t1, start > end, index, is_made)
 
 
 def loop_and_record(
-    loop: Callable[..., tuple[State, Any]],
-    *,
+    cond_fun: Callable[[State], Bool[Array, ""]],
+    body_fun: Callable[[State], State],
     init_state: State,
+    *,
     max_steps: int,
-    **kwargs: Any,
-) -> tuple[State, Any, Tape]:
-    """Calls diffrax's integration loop, and returns a tape beside what that returns.
+    buffers: Callable[[State], Any],
+    steps_per_page: int,
+    may_have_gaps: bool,
+    take_snapshots: bool,
+) -> tuple[State, Tape]:
+    """Runs the loop of a solve, and records it.
 
-    The loop itself is diffrax's; only the `while_loop` that it is built from is ours.
-    This supports step size controllers that never leave a gap between steps.
+    The arguments are those that diffrax calls its `outer_while_loop` with, and how to
+    record.
     """
-    recorded = []
+    num_pages = max(1, math.ceil(max_steps / steps_per_page))
+    # Not zeros: in a batch, times are read here for elements that made no steps.
+    full = lambda *shape: jnp.full(shape, init_state.tprev)
+    init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
+    init_ends = full(num_pages, steps_per_page + 1)
+    get_snapshot = lambda s: SolveState(s.y, s.solver_state) if take_snapshots else None
+    init_snapshots = jtu.tree_map(
+        lambda x: jnp.zeros((num_pages, *jnp.shape(x)), jnp.result_type(x)),
+        get_snapshot(init_state),
+    )
 
-    def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
-        num_pages = math.ceil(max_steps / _steps_per_page)
-        dtype = init_val.tprev.dtype
-        # Not zeros: in a batch, times are read here for elements that made no steps.
-        init_pages = jnp.full((num_pages, _steps_per_page + 1), init_val.tprev, dtype)
+    def is_running(state):
+        return cond_fun(state) & (state.num_steps < max_steps)
 
-        def is_running(state):
-            return cond_fun(state) & (state.num_steps < max_steps)
+    def fill_page(val):
+        state, prev_t1, largest_y, pages, all_snapshots = val
+        num_before = state.num_accepted_steps
+        snapshot = get_snapshot(state)
 
-        def fill_page(val):
-            state, pages = val
-            num_before = state.num_accepted_steps
+        def has_room(val):
+            state, *_ = val
+            num_on_page = state.num_accepted_steps - num_before
+            return is_running(state) & (num_on_page < steps_per_page)
 
-            def has_room(val):
-                state, _ = val
-                num_on_page = state.num_accepted_steps - num_before
-                return is_running(state) & (num_on_page < _steps_per_page)
+        def step(val):
+            state, prev_t1, largest_y, (starts, ends) = val
+            k = state.num_accepted_steps - num_before
+            # A rejected step is overwritten by the next one.
+            start, end = state.tprev, state.tnext
+            num_accepted = state.num_accepted_steps
+            if starts is not None:
+                swap = jnp.asarray(state.made_jump)
+                start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
+                starts = starts.at[k].set(start)
+            new_state = body_fun(state)
+            is_accepted = new_state.num_accepted_steps > num_accepted
+            prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
+            largest_y = jtu.tree_map(jnp.maximum, largest_y, _largest(new_state.y))
+            return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
 
-            def step(val):
-                state, page = val
-                num_on_page = state.num_accepted_steps - num_before
-                page = page.at[num_on_page + 1].set(state.tnext)
-                return body_fun(state), page
-
-            init_page = jnp.full(_steps_per_page + 1, state.tprev, dtype)
-            state, page = while_loop(
-                has_room,
-                step,
-                (state, init_page),
-                buffers=lambda val: buffers(val[0]),
-                kind="lax",
-            )
-            return state, pages.at[num_before // _steps_per_page].set(page)
-
-        final_state, pages = while_loop(
-            lambda val: is_running(val[0]),
-            fill_page,
-            (init_val, init_pages),
-            buffers=lambda val: (*buffers(val[0]), val[1]),
+        page = jtu.tree_map(
+            lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
+        )
+        state, prev_t1, largest_y, page = while_loop(
+            has_room,
+            step,
+            (state, prev_t1, largest_y, page),
+            buffers=lambda val: buffers(val[0]),
             kind="lax",
         )
-        recorded.append(Tape(pages, final_state.num_accepted_steps))
-        return final_state
+        # The new trees go first, as buffers are trees themselves.
+        i = num_before // steps_per_page
+        write = lambda new, old: old.at[i].set(new)
+        pages = jtu.tree_map(write, page, pages)
+        all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
+        return state, prev_t1, largest_y, pages, all_snapshots
 
-    final_state, aux_stats = loop(
-        init_state=init_state,
-        max_steps=max_steps,
-        inner_while_loop=plain_while_loop,
-        outer_while_loop=outer_while_loop,
-        **kwargs,
+    init_pages = (init_starts, init_ends)
+    init_largest_y = _largest(init_state.y)
+    final_state, _, largest_y, (starts, ends), snapshots = while_loop(
+        lambda val: is_running(val[0]),
+        fill_page,
+        (init_state, init_state.tprev, init_largest_y, init_pages, init_snapshots),
+        buffers=lambda val: (*buffers(val[0]), *val[3:]),
+        kind="lax",
     )
-    [tape] = recorded
-    return final_state, aux_stats, tape
+    num_steps = jnp.asarray(final_state.num_accepted_steps)
+    return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
+
+
+def _largest(y: Y) -> PyTree[Float[Array, ""]]:
+    """The largest entry of each leaf."""
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), y)
 
 
 def plain_while_loop(*args: Any, checkpoints: int | None = None, **kwargs: Any) -> Any:

@@ -52,12 +52,30 @@ def test_state():
         "tnext",
         "made_jump",
         "solver_state",
+        "controller_state",
         "save_state",
         "num_steps",
         "num_accepted_steps",
+        "dense_infos",
+        "event_dense_info",
     }
     assert needed <= fields, (
         f"diffrax's `_integrate.State` no longer has {needed - fields}."
+    )
+
+
+def test_save_state():
+    fields = {field.name for field in dataclasses.fields(compat.SaveState)}
+    needed = {"saveat_ts_index", "ts", "ys", "save_index"}
+    assert needed <= fields, (
+        f"diffrax's `_integrate.SaveState` no longer has {needed - fields}."
+    )
+
+
+def test_prevbefore():
+    x = compat.prevbefore(jnp.array(1.0))
+    assert x == jnp.nextafter(1.0, -jnp.inf), (
+        "equinox's `internal.prevbefore` is no longer the number just below."
     )
 
 
@@ -91,8 +109,15 @@ def test_loop():
     assert got["init_state"].made_jump is False, (
         "diffrax no longer starts a solve with a `made_jump` that is known to be False."
     )
-    assert hasattr(got["init_state"].save_state, "saveat_ts_index"), (
-        "diffrax's `_integrate.SaveState` no longer has a `saveat_ts_index`."
+    assert isinstance(got["init_state"].save_state, compat.SaveState), (
+        "diffrax's integration loop no longer keeps what it saves in a `SaveState`."
+    )
+
+
+def test_wrap_term():
+    ode = diffrax.ODETerm(lambda t, y, args: y)
+    assert compat.WrapTerm(ode, 1).term is ode, (
+        "diffrax's `_term.WrapTerm` no longer holds a `term`."
     )
 
 

@@ -190,9 +190,16 @@ operators = {
 }
 
 
-@pytest.mark.parametrize("operator", operators.values(), ids=operators)
-def test_operators_that_do_not_add_leaf_by_leaf(operator):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("quotient", "identity") else ())
+        for x in operators
+    ],
+)
+def test_operators_that_do_not_add_leaf_by_leaf(name):
     """The same as with the operator's matrix, forwards and in the gradient."""
+    operator = operators[name]
     path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.05)
 
     def solve(diffusion):

@@ -347,7 +347,7 @@ def batched(solve: Callable, num: int) -> Callable:
     "case,grid,controller",
     (
         pytest.param("SPaRK", "dt", "PID", marks=pytest.mark.slow),
-        ("SPaRK", "ts", "PID"),
+        pytest.param("SPaRK", "ts", "PID", marks=pytest.mark.slow),
         ("SPaRK", "dt", "clip"),
         pytest.param("SPaRK", "one cell", "clip", marks=pytest.mark.slow),
         ("Heun", "ts", "clip"),
@@ -411,7 +411,14 @@ def test_vmap_equals_a_loop():
     np.testing.assert_allclose(in_batch[0], y1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", ("SRA1", "ShARK", "ALIGN"))
+@pytest.mark.parametrize(
+    "case",
+    (
+        "SRA1",
+        pytest.param("ShARK", marks=pytest.mark.slow),
+        pytest.param("ALIGN", marks=pytest.mark.slow),
+    ),
+)
 def test_adaptive_steps_tend_to_fixed_ones(case):
     """For the solvers of other SDEs: with a finer tolerance they come closer to the
     solution with many fixed steps.

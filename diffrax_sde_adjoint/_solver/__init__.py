@@ -1,2 +1,5 @@
 from .base import AbstractReversibleSolver as AbstractReversibleSolver
-from .reversible_heun import ReversibleHeun as ReversibleHeun
+from .reversible_heun import (
+    ReversibleHeun as ReversibleHeun,
+    sums_leaf_by_leaf as sums_leaf_by_leaf,
+)

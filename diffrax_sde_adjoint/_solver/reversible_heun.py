@@ -26,7 +26,15 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import PyTree
 
-from .._compat import VF, Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import (
+    VF,
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Y,
+    prevbefore,
+)
 from .base import AbstractReversibleSolver
 
 
@@ -37,13 +45,17 @@ def _leapfrog(y: Y, yhat: Y, increment: Y) -> Y:
     return jtu.tree_map(lambda a, b, c: 2 * a - b + c, y, yhat, increment)
 
 
-# Operators that are linear in the arrays they consist of.
-_sums_leaf_by_leaf = (
-    lx.DiagonalLinearOperator,
-    lx.MatrixLinearOperator,
-    lx.PyTreeLinearOperator,
-    lx.TridiagonalLinearOperator,
-)
+def sums_leaf_by_leaf(vf: VF) -> bool:
+    """Whether all operators are linear in the arrays they consist of."""
+    is_operator = lambda x: isinstance(x, lx.AbstractLinearOperator)
+    operators = filter(is_operator, jtu.tree_leaves(vf, is_leaf=is_operator))
+    linear = (
+        lx.DiagonalLinearOperator,
+        lx.MatrixLinearOperator,
+        lx.PyTreeLinearOperator,
+        lx.TridiagonalLinearOperator,
+    )
+    return all(isinstance(x, linear) for x in operators)
 
 
 def _half_prod(
@@ -51,9 +63,7 @@ def _half_prod(
 ) -> Y:
     """The product of `(vf1 + sign * vf0) / 2` with the control."""
     add = lambda a, b: b + a if sign == 1 else b - a
-    is_operator = lambda x: isinstance(x, lx.AbstractLinearOperator)
-    operators = filter(is_operator, jtu.tree_leaves(vf0, is_leaf=is_operator))
-    if all(isinstance(x, _sums_leaf_by_leaf) for x in operators):
+    if sums_leaf_by_leaf(vf0):
         out = terms.prod(jtu.tree_map(add, vf0, vf1), control)
     else:
         out = jtu.tree_map(add, terms.prod(vf0, control), terms.prod(vf1, control))
@@ -163,8 +173,6 @@ class ReversibleHeun(
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, DenseInfo, _SolverState, diffrax.RESULTS]:
-        # At a jump, this returns the vector field on its right, as used by the step.
-        del made_jump
         yhat1, vf1 = solver_state
         control = terms.contr(t0, t1)
         increment = jtu.tree_map(lambda x: -x, terms.prod(vf1, control))
@@ -173,6 +181,12 @@ class ReversibleHeun(
         y0 = jtu.tree_map(
             lambda y, dy: y - dy, y1, _half_prod(terms, vf0, vf1, control, 1)
         )
+        if made_jump is not False:
+            # The step evaluated the vector field on the right of the jump. That of its
+            # state is on the left: diffrax steps from the last number before a jump to
+            # the first one after.
+            left = prevbefore(prevbefore(t0))
+            vf0 = lax.cond(made_jump, lambda: terms.vf(left, yhat0, args), lambda: vf0)
         dense_info = dict(y0=y0, y1=y1)
         return y0, dense_info, (yhat0, vf0), diffrax.RESULTS.successful
 

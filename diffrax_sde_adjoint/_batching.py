@@ -1,0 +1,302 @@
+"""Batches of solves whose gradients are wanted as a sum.
+
+`grad(vmap(solve))` wants the gradient of parameters that all elements of a batch share.
+JAX would evaluate the backward rule of each element by itself, and so find the gradient
+of the parameters for each element, at each step, before it adds them up. That takes far
+more time and memory than a solve written for the whole batch.
+
+So here a function with a rule for its derivative is a JAX primitive, and its batching
+rule is to become that primitive with one more axis. When it is differentiated, it is
+known over which axes it had been batched by then, which are the axes to sum over. The
+rule is evaluated under a `jax.vmap` over each, and finds the gradient of a shared
+parameter with `vjp`. This differentiates the batched function, whose
+vector-Jacobian product has the sum inside.
+
+Axes that come after differentiation, as in `vmap(grad(solve))`, are JAX's own affair.
+There the gradients of the elements are kept apart, as they should be.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+from ._compat import BoolScalarLike
+
+
+_T = TypeVar("_T")
+# The names of the axes over which gradients are summed, the innermost one first.
+Axes = tuple[Hashable, ...]
+
+
+def maximum(x: Array, axes: Axes) -> Array:
+    """The largest `x` in the batch."""
+    return lax.pmax(x, axes) if axes else x
+
+
+def any_of(x: Array, axes: Axes) -> Array:
+    """Whether `x` is true anywhere in the batch."""
+    return lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
+
+
+def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
+    """`x` for the elements of a batch that are active, and `y` for the others. Without
+    a batch, all is active.
+    """
+    if len(axes) == 0:
+        return x
+    return jtu.tree_map(lambda a, b: jnp.where(is_active, a, b), x, y)
+
+
+def vjp(
+    fn: Callable[[Any, Any, Any], _T], axes: Axes, shared: Any, own: Any, others: Any
+) -> tuple[_T, Callable[[Any], tuple[Any, Any]]]:
+    """`fn(shared, own, others)`, and what pulls back the cotangents of its inexact
+    arrays to those of `shared` and of `own`. The cotangents of `shared` are sums over
+    all `axes` over which an array is not batched.
+
+    `fn` must not refer to traced arrays by closure.
+    """
+    if len(axes) == 0:
+        return eqx.filter_vjp(lambda x, y: fn(x, y, others), shared, own)
+    diff, nondiff = eqx.partition((shared, own), eqx.is_inexact_array)
+    dynamic, static = eqx.partition((nondiff, others), eqx.is_array)
+
+    def array_fn(diff_shared, diff_own, dynamic):
+        nondiff, others = eqx.combine(dynamic, static)
+        shared, own = eqx.combine((diff_shared, diff_own), nondiff)
+        return eqx.filter(fn(shared, own, others), eqx.is_inexact_array)
+
+    def pull_back(cotangents):
+        # This evaluates `fn` again; XLA finds that it had been.
+        diff_shared, diff_own = diff
+        product = _summed_vjp(array_fn, len(axes))
+        return product(diff_shared, diff_own, dynamic, cotangents)
+
+    return fn(shared, own, others), pull_back
+
+
+def _summed_vjp(fn, num_axes):
+    """The vector-Jacobian product of a function of arrays, inside of `num_axes` times
+    `vmap`.
+    """
+
+    def product(shared, own, others, cotangents):
+        _, pull_back = jax.vjp(lambda *x: fn(*x, others), shared, own)
+        return pull_back(cotangents)
+
+    if num_axes == 0:
+        return product
+    product = jax.custom_batching.custom_vmap(product)
+
+    @product.def_vmap
+    def rule(axis_size, in_batched, shared, own, others, cotangents):
+        shared_batched, own_batched, others_batched, cotangents_batched = in_batched
+        broadcast = lambda x, batched: jtu.tree_map(
+            lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            x,
+            batched,
+        )
+        to_axes = lambda batched: jtu.tree_map(lambda b: 0 if b else None, batched)
+        batched_fn = jax.vmap(
+            fn,
+            in_axes=(to_axes(shared_batched), 0, to_axes(others_batched)),
+            axis_size=axis_size,
+        )
+        grads = _summed_vjp(batched_fn, num_axes - 1)(
+            shared,
+            broadcast(own, own_batched),
+            others,
+            broadcast(cotangents, cotangents_batched),
+        )
+        return grads, (shared_batched, jtu.tree_map(lambda _: True, own_batched))
+
+    return product
+
+
+class _Axis(NamedTuple):
+    """One over which a solve was batched, as the first axis of some of the arrays."""
+
+    size: int
+    is_batched: tuple[bool, ...]
+
+
+# What gives outputs their derivative, see `with_derivative`.
+Rule = Callable[[Any, Any, Any, Any, Any, Axes], tuple[Any, Any, Array]]
+
+
+class _Call:
+    """The rule, and how to put its arguments together from arrays. It is a parameter of
+    a primitive, and equal only to itself.
+    """
+
+    def __init__(self, rule: Rule, arrays: PyTree[Array], static: PyTree[Any]):
+        self.rule = rule
+        self.treedef = jtu.tree_structure(arrays)
+        self.static = static
+        *_, outputs = arrays
+        self.num_outputs = len(jtu.tree_leaves(outputs))
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        return eqx.combine(jtu.tree_unflatten(self.treedef, leaves), self.static)
+
+    def leaves(self, arguments: tuple[Any, Any, Any, Any]) -> list[Any]:
+        """The inverse of `arguments`. It does not look for arrays: JAX may have made
+        numbers of some.
+        """
+        is_none = lambda x: x is None
+        static = jtu.tree_leaves(self.static, is_leaf=is_none)
+        everything = jtu.tree_leaves(arguments, is_leaf=is_none)
+        return [
+            x
+            for x, other in zip(everything, static, strict=True)
+            if x is not None and other is None
+        ]
+
+
+def with_derivative(
+    rule: Rule, shared: Any, own: Any, residuals: Any, outputs: _T
+) -> _T:
+    """`outputs`, as a differentiable function of `shared` and `own`.
+
+    `rule(perturbed, (shared, own), residuals, outputs, grad_outputs, axes)` returns the
+    cotangents of `shared` and `own`, for one element of a batch over `axes`. The
+    cotangents of `shared` are to be sums over all `axes` over which an array is not
+    batched. `perturbed` has `True` for each array that is differentiated. The third
+    thing that `rule` returns is whether the cotangents are to be replaced by NaN.
+    """
+    arrays, static = eqx.partition((shared, own, residuals, outputs), eqx.is_array)
+    call = _Call(rule, arrays, static)
+    out = _with_derivative_p.bind(*jtu.tree_leaves(arrays), call=call, axes=())
+    *_, static_outputs = static
+    *_, output_arrays = arrays
+    out = jtu.tree_unflatten(jtu.tree_structure(output_arrays), out)
+    return eqx.combine(out, static_outputs)
+
+
+_with_derivative_p = jex.core.Primitive("with_derivative")
+_with_derivative_p.multiple_results = True
+
+
+@_with_derivative_p.def_impl
+def _impl(*leaves, call, axes):
+    del axes
+    return list(leaves[len(leaves) - call.num_outputs :])
+
+
+_with_derivative_p.def_abstract_eval(_impl)
+mlir.register_lowering(_with_derivative_p, mlir.lower_fun(_impl, multiple_results=True))
+
+
+def _batch(leaves, dims, *, call, axes):
+    (size,) = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
+
+    def batch(i, x, dim):
+        if dim is not None:
+            return jnp.moveaxis(x, dim, 0), True
+        is_output = i >= len(leaves) - call.num_outputs
+        if is_output and eqx.is_inexact_array(x):
+            # So that there is one cotangent for each element.
+            return jnp.broadcast_to(x, (size, *x.shape)), True
+        return x, False
+
+    leaves, is_batched = zip(*map(batch, range(len(leaves)), leaves, dims), strict=True)
+    axes = (*axes, _Axis(size, is_batched))
+    out = _with_derivative_p.bind(*leaves, call=call, axes=axes)
+    return out, [0 if b else None for b in is_batched[len(leaves) - len(out) :]]
+
+
+batching.primitive_batchers[_with_derivative_p] = _batch
+
+
+def _jvp(primals, tangents, *, call, axes):
+    is_zero = lambda t: type(t) is ad.Zero or t.dtype == jax.dtypes.float0
+    tangents = [None if is_zero(t) else t for t in tangents]
+    shared, own, residuals, outputs = call.arguments(primals)
+    tangents = jtu.tree_unflatten(call.treedef, tangents)
+    out, tangent_out = eqx.filter_jvp(
+        lambda *inputs: _differentiable(
+            inputs, residuals=residuals, outputs=outputs, call=call, axes=axes
+        ),
+        (shared, own),
+        tangents[:2],
+    )
+    out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
+    return out, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
+        for x, t in zip(out, treedef.flatten_up_to(tangent_out), strict=True)
+    ]
+
+
+ad.primitive_jvps[_with_derivative_p] = _jvp
+
+
+@eqx.filter_custom_vjp
+def _differentiable(inputs, *, residuals, outputs, call, axes):
+    del inputs, residuals, call, axes
+    return outputs
+
+
+@_differentiable.def_fwd
+def _differentiable_fwd(perturbed, inputs, *, residuals, outputs, call, axes):
+    del perturbed, inputs, residuals, call, axes
+    return outputs, None
+
+
+@_differentiable.def_bwd
+def _differentiable_bwd(
+    _, grad_outputs, perturbed, inputs, *, residuals, outputs, call, axes
+):
+    grad_outputs = jtu.tree_map(_materialise_zeros, outputs, grad_outputs)
+    leaves = call.leaves((*inputs, residuals, outputs))
+    names = tuple(object() for _ in axes)
+    is_batched = [
+        jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
+    ]
+
+    def rule(leaves, grad_outputs):
+        *inputs, residuals, outputs = call.arguments(leaves)
+        *grads, is_wrong = call.rule(
+            perturbed, tuple(inputs), residuals, outputs, grad_outputs, names
+        )
+
+        def finish(is_summed, grad, *is_batched):
+            if grad is None:
+                return None
+            pairs = zip(names, is_batched, strict=True)
+            shared_over = tuple(name for name, batched in pairs if not batched)
+            is_any_wrong = any_of(is_wrong, shared_over)
+            if shared_over and not is_summed:
+                grad = lax.psum(grad, shared_over)
+            return jnp.where(is_any_wrong, jnp.nan, grad)
+
+        is_none = lambda x: x is None
+        return tuple(
+            jtu.tree_map(partial(finish, is_summed), *trees, is_leaf=is_none)
+            for is_summed, *trees in zip((True, False), grads, *is_batched, strict=True)
+        )
+
+    to_axes = lambda tree: jtu.tree_map(lambda b: 0 if b else None, tree)
+    for name, axis, out_batched in zip(names, axes, is_batched, strict=True):
+        rule = jax.vmap(
+            rule,
+            in_axes=(to_axes(list(axis.is_batched)), 0),
+            out_axes=to_axes(out_batched),
+            axis_size=axis.size,
+            axis_name=name,
+        )
+    return rule(leaves, grad_outputs)
+
+
+def _materialise_zeros(x: Array, grad: Array | None) -> Array | None:
+    if not eqx.is_inexact_array(x):
+        return None
+    return jnp.zeros_like(x) if grad is None else grad

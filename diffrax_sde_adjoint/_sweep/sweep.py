@@ -1,0 +1,248 @@
+"""What all ways back through a solve have in common.
+
+A sweep goes from the last page of the tape to the first, and on each page from the last
+step to the first:
+
+1. find the state at the start of the step;
+2. add what was saved within the step to the cotangent of its outputs (`_saves.py`);
+3. pull the cotangent of its outputs back to its inputs: the state at its start, for the
+   step before, and `args` and `terms`, whose cotangents add up.
+
+The state at a step's start is that of the forward solve, up to rounding, so what this
+returns is the gradient of the numerical solution. The ways differ in the first point:
+
+- `reverse.py`: `solver.backward_step` undoes the step;
+- `staggered.py`: the same for `ReversibleHeun`, with 1 and 3 in one;
+- `replay.py`: the steps of a page are made again, and their states kept while the
+  sweep is on the page.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import diffrax
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from .._batching import Axes, maximum, vjp, where_active
+from .._compat import Args, DenseInfo, RealScalarLike, Y
+from .._controls import with_controls
+from .._guard import Drift
+from .._saves import Position, Saved, SaveInputs, add_where_given, zeros_like
+from .._tape import Page, SolveState, Step, Tape
+
+
+_T = TypeVar("_T")
+
+
+class Cotangents(eqx.Module):
+    """The cotangents that a sweep carries from the right to the left.
+
+    Each has the structure of what it is a cotangent of, with `None` for every leaf that
+    is not differentiated.
+    """
+
+    y: Y
+    solver_state: PyTree[Array | None]
+    terms: PyTree[Array | None]
+    inputs: SaveInputs
+
+
+class SweepState(eqx.Module):
+    """What a sweep carries: the state of the solve at the left end of a step, up to
+    rounding; the time at which the step after it starts; how much of what was saved
+    lies further left; the cotangents; and how far, if steps are undone, the states have
+    drifted from those of the solve, and whether all steps could be undone.
+    """
+
+    state: SolveState
+    next_t0: RealScalarLike
+    positions: list[Position]
+    grads: Cotangents
+    drift: Drift
+    result: diffrax.RESULTS
+
+
+class Sweep(eqx.Module):
+    """What stays the same on the way. `diff_terms` and `diff_inputs` hold what is
+    differentiated, and `nondiff_terms` and `saved.inputs` the rest. In a batch, their
+    cotangents are sums over `axes`.
+    """
+
+    solver: diffrax.AbstractSolver
+    tape: Tape
+    saved: Saved
+    diff_inputs: SaveInputs
+    diff_terms: PyTree[diffrax.AbstractTerm]
+    nondiff_terms: PyTree[diffrax.AbstractTerm]
+    axes: Axes = eqx.field(static=True)
+
+    @property
+    def args(self) -> Args:
+        return eqx.combine(self.diff_inputs, self.saved.inputs).args
+
+    @property
+    def terms(self) -> PyTree[diffrax.AbstractTerm]:
+        return eqx.combine(self.diff_terms, self.nondiff_terms)
+
+    def __call__(
+        self,
+        sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
+        carry: SweepState,
+    ) -> SweepState:
+        """From the end of the solve to its start, with one of the ways to go back
+        through a page.
+        """
+
+        def body(i, is_active, carry):
+            page = self.tape.page(i)
+            num_steps = where_active(is_active, page.num_steps, 0, self.axes)
+            page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
+            return sweep_page(self, page, carry)
+
+        return self.backwards(self.tape.num_pages, body, carry, lambda carry: carry)
+
+    def backwards(
+        self,
+        num: Int[Array, ""],
+        body_fun: Callable[[Int[Array, ""], Bool[Array, ""], _T], _T],
+        carry: _T,
+        get_sweep_state: Callable[[_T], SweepState],
+    ) -> _T:
+        """`body_fun` for `num - 1`, ..., `0`; its second argument is `True`, but in a
+        batch for those elements that are at their end already.
+        """
+
+        def sums(carry):
+            grads = get_sweep_state(carry).grads
+            return grads.terms, grads.inputs
+
+        def body(i, carry):
+            # Elements that are at their end stay at a step that was made, as evaluating
+            # one elsewhere may raise.
+            is_active = i < num
+            new_carry = body_fun(jnp.maximum(num - 1 - i, 0), is_active, carry)
+            # What is added to sums over the batch is zero for these elements.
+            own = lambda c: eqx.tree_at(sums, c, (None, None))
+            return eqx.tree_at(
+                sums,
+                where_active(is_active, own(new_carry), own(carry), self.axes),
+                sums(new_carry),
+                is_leaf=lambda x: x is None,
+            )
+
+        return lax.fori_loop(0, maximum(num, self.axes), body, carry)
+
+    def step(self, step: Step, state: SolveState) -> tuple[SolveState, DenseInfo]:
+        """Makes a step."""
+        out = _make_step(
+            (self.diff_terms, self.diff_inputs.args),
+            (state, None),
+            (self.nondiff_terms, self.saved.inputs.args, self.solver, step),
+        )
+        y1, dense_info, solver_state1 = out
+        return SolveState(y1, solver_state1), dense_info
+
+    def pull_back(
+        self,
+        step: Step,
+        state0: SolveState,
+        carry: SweepState,
+        controls: list[PyTree[Any]] | None,
+    ) -> tuple[SweepState, list[PyTree[Array | None]] | None]:
+        """Pulls the cotangents back through a step that started at `state0`.
+
+        If they are known, the `controls` of the step are not evaluated again, and their
+        cotangent is returned as well.
+        """
+        (_, dense_info, _), pull_back = vjp(
+            _make_step,
+            self.axes,
+            (self.diff_terms, self.diff_inputs.args),
+            (state0, controls),
+            (self.nondiff_terms, self.saved.inputs.args, self.solver, step),
+        )
+        grads = carry.grads
+        positions, grad_y1, grad_dense_info, grad_inputs = self.add_grad_saved(
+            step, dense_info, carry
+        )
+        grad_step = (grad_y1, grad_dense_info, grads.solver_state)
+        (grad_terms, grad_args), (grad_state0, grad_controls) = pull_back(
+            where_active(step.is_made, grad_step, zeros_like(grad_step), self.axes)
+        )
+        grads = Cotangents(
+            grad_state0.y,
+            grad_state0.solver_state,
+            add_where_given(grads.terms, grad_terms),
+            add_grad_args(grad_inputs, grad_args),
+        )
+        carry = SweepState(state0, step.t0, positions, grads, carry.drift, carry.result)
+        return carry, grad_controls
+
+    def add_grad_saved(
+        self, step: Step, dense_info: DenseInfo, carry: SweepState
+    ) -> tuple[list[Position], Y, DenseInfo, SaveInputs]:
+        """What was saved within a step and at its end: how much lies further left, and
+        the cotangents of the step's `y1` and `dense_info`, and of what it was saved
+        with.
+        """
+        positions, (grad_inputs, grad_y1) = self.saved.add_grad_y1(
+            step,
+            carry.next_t0,
+            carry.state.y,
+            carry.positions,
+            self.diff_inputs,
+            (carry.grads.inputs, carry.grads.y),
+        )
+        positions, grad_dense_info, grad_inputs = self.saved.add_grad_dense_info(
+            step,
+            step.index == self.tape.num_steps - 1,
+            dense_info,
+            self.solver.interpolation_cls,
+            positions,
+            self.diff_inputs,
+            grad_inputs,
+        )
+        return positions, grad_y1, grad_dense_info, grad_inputs
+
+
+def _make_step(shared, own, others):
+    diff_terms, diff_args = shared
+    state0, controls = own
+    nondiff_terms, nondiff_args, solver, step = others
+    terms = eqx.combine(diff_terms, nondiff_terms)
+    if controls is not None:
+        terms = with_controls(terms, step.t0, step.t1, controls)
+    y1, _, dense_info, solver_state1, _ = solver.step(
+        terms,
+        step.t0,
+        step.t1,
+        state0.y,
+        eqx.combine(diff_args, nondiff_args),
+        state0.solver_state,
+        step.made_jump,
+    )
+    return y1, dense_info, solver_state1
+
+
+def add_grad_args(grad_inputs: SaveInputs, grad_args: PyTree[Any]) -> SaveInputs:
+    return eqx.tree_at(
+        lambda g: g.args,
+        grad_inputs,
+        add_where_given(grad_inputs.args, grad_args),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def arrive(carry: SweepState, known: SolveState) -> SweepState:
+    """`carry`, having noted how far it is from the state of the solve, which is known
+    here.
+    """
+    drift = carry.drift.arrived(
+        (carry.state.y, carry.state.solver_state),
+        (known.y, known.solver_state),
+        (carry.grads.y, carry.grads.solver_state),
+    )
+    return eqx.tree_at(lambda c: (c.drift, c.state), carry, (drift, known))

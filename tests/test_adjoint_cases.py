@@ -1,0 +1,361 @@
+"""`StochasticAdjoint` against `RecursiveCheckpointAdjoint`, over what a solve can be
+made of: solver, noise, structure of the state, `SaveAt`, step size controller,
+direction and dtype.
+"""
+
+import dataclasses
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+import pytest
+from helpers import (
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
+from jaxtyping import Array
+
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
+
+
+newton = optx.Newton(1e-9, 1e-9)
+solvers = {
+    "ReversibleHeun": ReversibleHeun(),
+    "Heun": diffrax.Heun(),
+    "Midpoint": diffrax.Midpoint(),
+    "Ralston": diffrax.Ralston(),
+    "Euler": diffrax.Euler(),
+    "EulerHeun": diffrax.EulerHeun(),
+    "ItoMilstein": diffrax.ItoMilstein(),
+    "StratonovichMilstein": diffrax.StratonovichMilstein(),
+    "SEA": diffrax.SEA(),
+    "SRA1": diffrax.SRA1(),
+    "ShARK": diffrax.ShARK(),
+    "GeneralShARK": diffrax.GeneralShARK(),
+    "SlowRK": diffrax.SlowRK(),
+    "SPaRK": diffrax.SPaRK(),
+    "HalfSolver": diffrax.HalfSolver(diffrax.EulerHeun()),
+    "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(ReversibleHeun()),
+    "Tsit5": diffrax.Tsit5(),
+    "Kvaerno3": diffrax.Kvaerno3(root_finder=newton),
+    "ImplicitEuler": diffrax.ImplicitEuler(root_finder=newton),
+}
+with_levy_area = ("SEA", "SRA1", "ShARK", "GeneralShARK", "SlowRK", "SPaRK")
+
+
+def first_entry(t, y, args):
+    """Not linear in the state, and dependent on everything else."""
+    # In a batch, every output depends on the element: equinox 0.13.8 doubles gradients
+    # of `RecursiveCheckpointAdjoint` where one does not.
+    y, *_ = jtu.tree_leaves(y)
+    return {"f": jnp.sin(args["rate"] * y + t), "t": t * y}
+
+
+def make_saveat(name: str, times: Array) -> diffrax.SaveAt:
+    sub = diffrax.SubSaveAt
+    match name:
+        case "t1":
+            return diffrax.SaveAt(t1=True)
+        case "ts":
+            return diffrax.SaveAt(ts=times)
+        case "t0, ts, t1":
+            return diffrax.SaveAt(t0=True, ts=times, t1=True)
+        case "steps":
+            return diffrax.SaveAt(steps=True)
+        case "steps=3":
+            return diffrax.SaveAt(t0=True, steps=3, t1=True)
+        case "steps, ts":
+            return diffrax.SaveAt(steps=2, ts=times)
+        case "fn":
+            return diffrax.SaveAt(t0=True, ts=times, steps=2, t1=True, fn=first_entry)
+        case "subs":
+            return diffrax.SaveAt(
+                subs={
+                    "a": sub(ts=times, fn=first_entry),
+                    "b": [sub(t0=True, steps=2), sub(t1=True, ts=times[1:3])],
+                }
+            )
+        case "dense":
+            return diffrax.SaveAt(dense=True, ts=times, steps=True)
+        case _:
+            raise AssertionError
+
+
+def make_controller(
+    name: str, direction: int, dtype: Any
+) -> tuple[diffrax.AbstractStepSizeController, bool]:
+    """And whether it takes a `dt0`."""
+    rtol = 1e-3 if dtype == jnp.float64 else 1e-2
+    pid = diffrax.PIDController(rtol=rtol, atol=rtol, pcoeff=0.1, icoeff=0.3, dcoeff=0)
+    array = lambda *x: jnp.array(x, dtype)
+    match name:
+        case "constant":
+            return diffrax.ConstantStepSize(), True
+        case "step to":
+            return diffrax.StepTo(
+                jnp.linspace(0, 1, 12, dtype=dtype)[::direction] ** 2
+            ), False
+        case "PID":
+            return pid, True
+        case "PID, no dt0":
+            return pid, False
+        case "clip":
+            return diffrax.ClipStepSizeController(
+                pid, step_ts=array(0.2, 0.45), store_rejected_steps=20
+            ), True
+        case "jumps":
+            return diffrax.ClipStepSizeController(
+                pid, step_ts=array(0.2), jump_ts=array(0.3, 0.5)
+            ), True
+        case _:
+            raise AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    solver: str = "ReversibleHeun"
+    noise: str = "diagonal"
+    state: str = "array"
+    saveat: str = "t0, ts, t1"
+    controller: str = "constant"
+    backward: bool = False
+    dtype: Any = jnp.float64
+    event: str | None = None
+    checkpoint_every: int | None = None
+    max_steps: int = 100
+    differentiate_ts: bool = False
+
+
+def is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+
+
+def restructured(case: Case):
+    """The system of a case, its state and noise in other structures."""
+    noise = "diagonal" if case.noise == "none" else case.noise
+    drift, diffusion, y0, args = make_system(noise, case.dtype)
+    shape = noise_shapes[noise]
+    if case.state == "array":
+        return drift, diffusion, y0, args, shape
+    if case.state == "scalar":
+        assert noise == "scalar"
+        as_vector = lambda y: jnp.stack([y, 0.5 * y])
+        return (
+            lambda t, y, args: jnp.sum(drift(t, as_vector(y), args)),
+            lambda t, y, args: jnp.sum(diffusion(t, as_vector(y), args)),
+            y0[0],
+            args,
+            shape,
+        )
+    assert case.state == "tree" and noise == "general"
+    # Each leaf has its own noise, and one leaf is empty.
+    to_tree = lambda x, empty: {"a": x[:1], "b": (x[1:], empty)}
+    to_vector = lambda y: jnp.concatenate([y["a"], y["b"][0]])
+    return (
+        lambda t, y, args: to_tree(drift(t, to_vector(y), args), y["b"][1]),
+        lambda t, y, args: to_tree(
+            diffusion(t, to_vector(y), args), jnp.ones((0, 2), case.dtype)
+        ),
+        to_tree(y0, jnp.ones(0, case.dtype)),
+        args,
+        {"a": shape, "b": (shape, (2,))},
+    )
+
+
+def make_loss(case: Case):
+    dtype = case.dtype
+    drift, diffusion, y0, args, noise_shape = restructured(case)
+    to_struct = lambda shape: struct(shape, dtype)
+    noise_struct = jtu.tree_map(to_struct, noise_shape, is_leaf=is_shape)
+    jumps = case.controller == "jumps"
+
+    def drift_with_jumps(t, y, args):
+        size = jnp.where(t < 0.3, 0, jnp.where(t < 0.5, 1.5, -1.0)) if jumps else 0.0
+        add = lambda x: x + jnp.asarray(size, dtype) * args["rate"]
+        return jtu.tree_map(add, drift(t, y, args))
+
+    t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 0.1))
+    direction = -1 if case.backward else 1
+    times = jnp.array([0.0, 0.05, 0.3, 0.31, 0.31, 0.9, 1.0], dtype)[::direction]
+    controller, has_dt0 = make_controller(case.controller, direction, dtype)
+    levy_area = (
+        diffrax.SpaceTimeLevyArea
+        if case.solver in with_levy_area
+        else diffrax.BrownianIncrement
+    )
+
+    if case.event is None:
+        event = None
+    elif case.event == "boolean":
+        event = diffrax.Event(
+            lambda t, y, args, **kwargs: jnp.sum(jtu.tree_leaves(y)[0]) > 0.6
+        )
+    else:
+        root_finder = None
+        if case.event == "root":
+            root_finder = optx.Newton(1e-10, 1e-10, optx.rms_norm)
+        event = diffrax.Event(
+            lambda t, y, args, **kwargs: (
+                jnp.sum(jtu.tree_leaves(y)[0]) - 1.5 * args["rate"]
+            ),
+            root_finder,
+        )
+
+    def loss(adjoint, params, y0, args, differentiable_times):
+        drift_scale, new_diffusion = params
+        if new_diffusion is None:
+            new_diffusion = diffusion
+        save_times = differentiable_times if case.differentiate_ts else times
+
+        def scaled_drift(t, y, args):
+            dy = drift_with_jumps(t, y, args)
+            return jtu.tree_map(lambda x: drift_scale * x, dy)
+
+        def solve(key, shift):
+            if case.noise == "none":
+                terms = diffrax.ODETerm(scaled_drift)
+            else:
+                path = BrownianInterval(
+                    t0,
+                    t1,
+                    noise_struct,
+                    key,
+                    dt=dt,
+                    levy_area=levy_area,
+                )
+                terms = make_terms(scaled_drift, new_diffusion, path)
+            start, end = (t1, t0) if case.backward else (t0, t1)
+            sol = diffrax.diffeqsolve(
+                terms,
+                solvers[case.solver],
+                start,
+                end,
+                direction * dt if has_dt0 else None,
+                jtu.tree_map(lambda y: y + shift, y0),
+                args,
+                saveat=make_saveat(case.saveat, save_times),
+                stepsize_controller=controller,
+                adjoint=adjoint,
+                event=event,
+                max_steps=case.max_steps,
+                throw=False,
+            )
+            out = sol.ys
+            if case.saveat == "dense":
+                out = (out, sol.evaluate(save_times[2]), sol.derivative(times[1]))
+            if case.event == "root":
+                out = (out, sol.ts)
+            return out
+
+        shifts = jnp.array([0.0, 0.25], dtype)
+        out = jax.vmap(solve)(keys(2), shifts)
+        out = jtu.tree_map(lambda x: jnp.where(jnp.isfinite(x), x, 0), out)
+        leaves = [x.astype(jnp.float64).ravel() for x in jtu.tree_leaves(out)]
+        x = jnp.concatenate(leaves)
+        return jnp.sum(jnp.cos(1 + jnp.arange(x.size)) * (x + x**2))
+
+    params = (jnp.ones((), dtype), diffusion if case.state == "array" else None)
+    return loss, params, y0, args, times
+
+
+def assert_equal_gradients(case: Case):
+    loss, *inputs = make_loss(case)
+
+    def grad(adjoint):
+        fn = lambda inputs: loss(adjoint, *inputs)
+        return eqx.filter_jit(eqx.filter_value_and_grad(fn))(tuple(inputs))
+
+    expected_value, expected = grad(diffrax.RecursiveCheckpointAdjoint())
+    value, actual = grad(StochasticAdjoint(checkpoint_every=case.checkpoint_every))
+    assert any(np.any(x != 0) for x in jtu.tree_leaves(expected))
+    tol = 1e-9 if case.dtype == jnp.float64 else 1e-4
+    np.testing.assert_allclose(value, expected_value, rtol=tol)
+    assert relative_error(actual, expected) < tol
+
+
+cases = {
+    **{
+        f"{name}": Case(name)
+        for name in solvers
+        if name not in ("Tsit5", "Kvaerno3", "ImplicitEuler", "SEA", "SRA1", "ShARK")
+    },
+    **{
+        f"{s}, {state}": Case(s, state=state, noise=noise)
+        for s in ("ReversibleHeun", "Heun")
+        for state, noise in (("scalar", "scalar"), ("tree", "general"))
+    },
+    **{name: Case(name, noise="additive") for name in ("SEA", "SRA1", "ShARK")},
+    **{
+        name: Case(name, noise="none")
+        for name in ("Tsit5", "Kvaerno3", "ImplicitEuler")
+    },
+    **{
+        f"{s}, {x}": Case(s, saveat=x)
+        for s in ("ReversibleHeun", "Heun")
+        for x in ("steps", "steps=3", "steps, ts", "fn", "subs", "dense")
+    },
+    **{
+        f"{s}, {x}, ts": Case(s, saveat=x, differentiate_ts=True)
+        for s in ("ReversibleHeun", "Heun")
+        for x in ("t0, ts, t1", "fn", "subs", "dense")
+    },
+    **{
+        f"{s}, {x}": Case(s, controller=x)
+        for s in ("ReversibleHeun", "Heun")
+        for x in ("step to", "PID", "PID, no dt0", "clip", "jumps")
+    },
+    **{
+        f"{s}, {x} event": Case(
+            s, event=x, noise="none" if x == "root" else "diagonal", saveat="steps, ts"
+        )
+        for s in ("ReversibleHeun", "Heun")
+        for x in ("boolean", "float", "root")
+    },
+    "backward, PID, subs": Case(
+        "ReversibleHeun", controller="PID", saveat="subs", backward=True
+    ),
+    "backward, jumps, fn": Case("Heun", controller="jumps", saveat="fn", backward=True),
+    "backward, jumps, reversible": Case(controller="jumps", saveat="fn", backward=True),
+    "checkpoints": Case(checkpoint_every=3),
+    "checkpoints, replay": Case("Heun", checkpoint_every=3),
+    "incomplete": Case(max_steps=4, saveat="subs"),
+    "incomplete replay": Case("Heun", max_steps=4, saveat="subs"),
+    "f32": Case(dtype=jnp.float32, saveat="subs", controller="PID"),
+    "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
+}
+
+
+# The others are run on request.
+by_default = (
+    "ReversibleHeun",
+    "SPaRK",
+    "Heun, tree",
+    "ReversibleHeun, subs",
+    "Heun, jumps",
+    "ReversibleHeun, root event",
+    "backward, PID, subs",
+    "checkpoints",
+    "f32 replay",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, id=name, marks=() if name in by_default else pytest.mark.slow
+        )
+        for name, case in cases.items()
+    ],
+)
+def test_equals_checkpointing(case):
+    assert_equal_gradients(case)

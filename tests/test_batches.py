@@ -1,0 +1,148 @@
+"""Gradients of batches of solves: what is shared is summed over, what is not is not."""
+
+import re
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import keys, make_terms, relative_error, struct
+
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
+
+
+def solve(adjoint, solver, shared, own, key, **kwargs):
+    """Adaptive, so that the elements of a batch make different numbers of steps."""
+    path = BrownianInterval(0.0, 1.0, struct((2,), jnp.float64), key, dt=0.1)
+    args = {"weight": shared, "own": own}
+    terms = make_terms(
+        lambda t, y, args: jnp.sin(args["weight"] @ y) + args["own"],
+        lambda t, y, args: jnp.outer(jnp.cos(y), args["own"]),
+        path,
+    )
+    controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    return diffrax.diffeqsolve(
+        terms,
+        solver,
+        0.0,
+        1.0,
+        0.1,
+        jnp.array([0.5, -0.2]),
+        args,
+        saveat=diffrax.SaveAt(
+            ts=[0.3, 0.31, 0.7], t1=True, fn=lambda t, y, args: y * args["own"]
+        ),
+        adjoint=adjoint,
+        stepsize_controller=controller,
+        **kwargs,
+    )
+
+
+both_ways = pytest.mark.parametrize(
+    "solver",
+    (pytest.param(ReversibleHeun(), marks=pytest.mark.slow), diffrax.Heun()),
+)
+
+
+@both_ways
+def test_parameters_shared_over_some_axes(solver):
+    """An ensemble of weights, each of which a batch shares."""
+    weights = jr.normal(jr.key(1), (2, 2, 2))
+    own = jr.normal(jr.key(2), (3, 2))
+
+    def loss(inputs, adjoint):
+        weights, own = inputs
+        one = lambda *x: solve(adjoint, solver, *x).ys
+        batch = jax.vmap(one, in_axes=(None, 0, 0))
+        # Of all axes, `own` has the inner one, `weights` the outer one, `key` both.
+        ensemble = jax.jit(jax.vmap(batch, in_axes=(0, None, 0)))
+        ys = ensemble(weights, own, keys(6).reshape(2, 3))
+        return jnp.sum(ys * jnp.cos(1 + jnp.arange(ys.size)).reshape(ys.shape))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    ours = gradient((weights, own), StochasticAdjoint())
+    theirs = gradient((weights, own), diffrax.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, theirs) < 1e-9
+
+
+def test_no_gradient_for_each_element():
+    """The gradient of shared weights is summed in a matrix product."""
+    batch, width = 11, 7
+    terms = diffrax.ODETerm(lambda t, y, args: jnp.tanh(args @ y))
+    weight, y0 = jnp.eye(width), jnp.ones((batch, width))
+
+    def loss(weight, adjoint, solver):
+        one = lambda y0: (
+            diffrax.diffeqsolve(
+                terms, solver, 0.0, 1.0, 0.1, y0, weight, adjoint=adjoint
+            ).ys
+        )
+        return jnp.sum(jax.vmap(one)(y0))
+
+    def shapes(*args):
+        program = jax.jit(jax.grad(lambda weight: loss(weight, *args))).lower(weight)
+        return set(re.findall(r"tensor<([0-9x]+)xf64>", program.as_text()))
+
+    for solver in (ReversibleHeun(), diffrax.Heun()):
+        ours = shapes(StochasticAdjoint(), solver)
+        assert "11x7" in ours
+        assert "11x7x7" not in ours
+    # What this looks for is there if JAX batches the rule of each element.
+    assert "11x7x7" in shapes(diffrax.BacksolveAdjoint(), diffrax.Heun())
+
+
+def test_elements_whose_steps_cannot_be_undone():
+    """With `throw=False`, they alone have no gradient of their own."""
+
+    def loss(inputs):
+        shared, rates = inputs
+
+        def one(rate):
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, args: -args[0] * args[1] * y),
+                ReversibleHeun(),
+                0.0,
+                10.0,
+                0.01,
+                jnp.array(1.0),
+                (shared, rate),
+                adjoint=StochasticAdjoint(),
+                throw=False,
+            )
+            return sol.ys[0]
+
+        return jnp.sum(jax.vmap(one)(rates))
+
+    inputs = (jnp.array(1.0), jnp.array([0.1, 5.0, 0.2]))
+    grad_shared, grad_rates = jax.jit(jax.grad(loss))(inputs)
+    assert jnp.isnan(grad_shared)
+    np.testing.assert_array_equal(jnp.isnan(grad_rates), [False, True, False])
+
+
+@pytest.mark.parametrize("solver", (ReversibleHeun(), diffrax.Heun()))
+def test_vector_field_that_is_not_defined_everywhere(solver):
+    """Elements that are at their start wait there for the others."""
+
+    def loss(rate, adjoint):
+        def one(t1):
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, rate: rate * jnp.sqrt(y)),
+                solver,
+                0.0,
+                t1,
+                0.25,
+                jnp.array(0.01),
+                rate,
+                saveat=diffrax.SaveAt(ts=[0.1, 0.2], fn=lambda t, y, args: y**2),
+                adjoint=adjoint,
+            ).ys
+
+        return jnp.sum(jax.vmap(one)(jnp.array([1.0, 2.0])))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    ours = gradient(jnp.array(1.0), StochasticAdjoint())
+    theirs = gradient(jnp.array(1.0), diffrax.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
