@@ -1,28 +1,36 @@
-"""The OU process in plain JAX: what a gradient costs when nothing is general.
+"""SDEs with diagonal noise in plain JAX: what a gradient costs when nothing is general.
 
-Like `ou.ours`, these make reversible Heun steps with one keyed draw of noise each, and
-`sweep` goes back by undoing steps. Unlike it, they know that steps are equal and that
-only the final value matters, and check nothing.
+Like `StochasticAdjoint`, `sweep` makes reversible Heun steps with one keyed draw of
+noise each and goes back by undoing them, and `nested_scans` makes the steps of any
+solver, and makes them again. Unlike it, they know that steps are equal and that only
+the final value matters, and check nothing.
 """
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-from ou import Loss, Params, Y, diffusion, drift, loss_of_final
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+
+Params: TypeAlias = PyTree[Float[Array, "..."]]
+Y: TypeAlias = Float[Array, "..."]
+Loss: TypeAlias = Callable[[Any, Y, PRNGKeyArray], Float[Array, ""]]
+
+
+class Model(NamedTuple):
+    drift: Callable[[Any, Y, Any], Y]
+    diffusion: Callable[[Any, Y, Any], Y]
+    loss_of_final: Callable[[Y], Float[Array, ""]]
 
 
 _VF: TypeAlias = tuple[Y, Y]
 _State: TypeAlias = tuple[Y, Y, _VF]  # y, yhat, vf
 _Control: TypeAlias = tuple[Float[Array, ""], Y]  # dt, dW
-
-
-def _vf(t: Float[Array, ""], y: Y, params: Params) -> _VF:
-    return drift(t, y, params), diffusion(t, y, params)
 
 
 def _prod(vf: _VF, control: _Control) -> Y:
@@ -31,28 +39,6 @@ def _prod(vf: _VF, control: _Control) -> Y:
 
 def _mean_prod(vf0: _VF, vf1: _VF, control: _Control) -> Y:
     return 0.5 * _prod((vf0[0] + vf1[0], vf0[1] + vf1[1]), control)
-
-
-def _init(y0: Y, params: Params) -> _State:
-    return y0, y0, _vf(jnp.zeros((), y0.dtype), y0, params)
-
-
-def _step(
-    state: _State, t1: Float[Array, ""], params: Params, control: _Control
-) -> _State:
-    y0, yhat0, vf0 = state
-    yhat1 = 2 * y0 - yhat0 + _prod(vf0, control)
-    vf1 = _vf(t1, yhat1, params)
-    return y0 + _mean_prod(vf0, vf1, control), yhat1, vf1
-
-
-def _backward_step(
-    state: _State, t0: Float[Array, ""], params: Params, control: _Control
-) -> _State:
-    y1, yhat1, vf1 = state
-    yhat0 = 2 * y1 - yhat1 - _prod(vf1, control)
-    vf0 = _vf(t0, yhat0, params)
-    return y1 - _mean_prod(vf0, vf1, control), yhat0, vf0
 
 
 def _control(key: PRNGKeyArray, i: Int[Array, ""], num_steps: int, y: Y) -> _Control:
@@ -64,23 +50,48 @@ def _time(i: Int[Array, ""], num_steps: int, y: Y) -> Float[Array, ""]:
     return i.astype(y.dtype) / jnp.asarray(num_steps, y.dtype)
 
 
-def sweep(num_steps: int) -> Loss:
+class _ReversibleHeun(NamedTuple):
+    model: Model
+
+    def vf(self, t: Array, y: Y, params: Any) -> _VF:
+        return self.model.drift(t, y, params), self.model.diffusion(t, y, params)
+
+    def init(self, y0: Y, params: Any) -> _State:
+        return y0, y0, self.vf(jnp.zeros((), y0.dtype), y0, params)
+
+    def step(self, state: _State, t1: Array, params: Any, control: _Control) -> _State:
+        y0, yhat0, vf0 = state
+        yhat1 = 2 * y0 - yhat0 + _prod(vf0, control)
+        vf1 = self.vf(t1, yhat1, params)
+        return y0 + _mean_prod(vf0, vf1, control), yhat1, vf1
+
+    def backward_step(
+        self, state: _State, t0: Array, params: Any, control: _Control
+    ) -> _State:
+        y1, yhat1, vf1 = state
+        yhat0 = 2 * y1 - yhat1 - _prod(vf1, control)
+        vf0 = self.vf(t0, yhat0, params)
+        return y1 - _mean_prod(vf0, vf1, control), yhat0, vf0
+
+
+def sweep(model: Model, num_steps: int) -> Loss:
     """Backwards, undoes a step and pulls back through it, in turns."""
+    solver = _ReversibleHeun(model)
 
     def forward(params, y0, key):
         # Not a scan over the steps' numbers: XLA runs that several times slower.
         def body(i, state):
             control = _control(key, i, num_steps, y0)
-            return _step(state, _time(i + 1, num_steps, y0), params, control)
+            return solver.step(state, _time(i + 1, num_steps, y0), params, control)
 
-        return lax.fori_loop(0, num_steps, body, _init(y0, params))
+        return lax.fori_loop(0, num_steps, body, solver.init(y0, params))
 
     def loss(params, y0, key):
-        return loss_of_final(forward(params, y0, key)[0])
+        return model.loss_of_final(forward(params, y0, key)[0])
 
     def loss_fwd(params, y0, key):
         state = forward(params, y0, key)
-        return loss_of_final(state[0]), (params, y0, key, state)
+        return model.loss_of_final(state[0]), (params, y0, key, state)
 
     def loss_bwd(residuals, grad_loss):
         params, y0, key, state = residuals
@@ -89,22 +100,24 @@ def sweep(num_steps: int) -> Loss:
             state, grad_state, grad_params = carry
             i = num_steps - 1 - k
             control = _control(key, i, num_steps, y0)
-            state = _backward_step(state, _time(i, num_steps, y0), params, control)
+            state = solver.backward_step(
+                state, _time(i, num_steps, y0), params, control
+            )
             t1 = _time(i + 1, num_steps, y0)
             _, pullback = jax.vjp(
-                lambda state, params: _step(state, t1, params, control), state, params
+                lambda *x: solver.step(x[0], t1, x[1], control), state, params
             )
             grad_state, grad_params_step = pullback(grad_state)
             grad_params = jtu.tree_map(jnp.add, grad_params, grad_params_step)
             return state, grad_state, grad_params
 
-        _, pullback = jax.vjp(lambda state: loss_of_final(state[0]), state)
+        _, pullback = jax.vjp(lambda state: model.loss_of_final(state[0]), state)
         (grad_state,) = pullback(grad_loss)
         grad_params = jtu.tree_map(jnp.zeros_like, params)
         _, grad_state, grad_params = lax.fori_loop(
             0, num_steps, body, (state, grad_state, grad_params)
         )
-        _, pullback = jax.vjp(_init, y0, params)
+        _, pullback = jax.vjp(solver.init, y0, params)
         grad_y0, grad_params_init = pullback(grad_state)
         return jtu.tree_map(jnp.add, grad_params, grad_params_init), grad_y0, None
 
@@ -113,15 +126,49 @@ def sweep(num_steps: int) -> Loss:
     return loss_and_rule
 
 
-def scan(num_steps: int) -> Loss:
-    """To be differentiated by JAX, which stores every step."""
+def _heun(model, t0, t1, y0, params, control):
+    vf = lambda t, y: (model.drift(t, y, params), model.diffusion(t, y, params))
+    vf0 = vf(t0, y0)
+    vf1 = vf(t1, y0 + _prod(vf0, control))
+    return y0 + _mean_prod(vf0, vf1, control)
+
+
+def nested_scans(model: Model, num_steps: int) -> Loss:
+    """Heun steps, to be differentiated by JAX, which keeps every hundredth state or so,
+    and those of a hundred steps.
+    """
+    length = round(num_steps**0.5)
+    assert length**2 == num_steps
+
+    def loss(params, y0, key):
+        def step(y, i):
+            control = _control(key, i, num_steps, y0)
+            t0, t1 = (_time(j, num_steps, y0) for j in (i, i + 1))
+            return _heun(model, t0, t1, y, params, control), None
+
+        @jax.checkpoint
+        def segment(y, indices):
+            return lax.scan(jax.checkpoint(step), y, indices)
+
+        indices = jnp.arange(num_steps).reshape(length, length)
+        y, _ = lax.scan(segment, y0, indices)
+        return model.loss_of_final(y)
+
+    return loss
+
+
+def scan(model: Model, num_steps: int) -> Loss:
+    """Reversible Heun, to be differentiated by JAX, which stores every step."""
+    solver = _ReversibleHeun(model)
 
     def loss(params, y0, key):
         def body(state, i):
             control = _control(key, i, num_steps, y0)
-            return _step(state, _time(i + 1, num_steps, y0), params, control), None
+            t1 = _time(i + 1, num_steps, y0)
+            return solver.step(state, t1, params, control), None
 
-        state, _ = lax.scan(body, _init(y0, params), jnp.arange(num_steps))
-        return loss_of_final(state[0])
+        init = solver.init(y0, params)
+        (y1, _, _), _ = lax.scan(body, init, jnp.arange(num_steps))
+        return model.loss_of_final(y1)
 
     return loss

@@ -6,39 +6,47 @@ final state. All numbers are float32.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+from hand_written import Loss, Model
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 
 
-batch, dim, width, num_steps = 256, 16, 64, 100
-_dt = 1 / num_steps
-
 Params: TypeAlias = dict[str, dict[str, Float[Array, "..."]]]
 Y: TypeAlias = Float[Array, "batch dim"]
-Loss: TypeAlias = Callable[[Params, Y, PRNGKeyArray], Float[Array, ""]]
 
 
-def initial() -> tuple[Params, Y]:
+class Size(NamedTuple):
+    batch: int = 256
+    dim: int = 16
+    width: int = 64
+    num_steps: int = 100
+
+    @property
+    def dt(self) -> float:
+        return 1 / self.num_steps
+
+
+def initial(size: Size) -> tuple[Params, Y]:
     def network(key):
         key0, key1 = jr.split(key)
         normal = lambda key, n, m: jr.normal(key, (n, m), jnp.float32) / n**0.5
         return {
-            "weight0": normal(key0, dim + 1, width),
-            "bias0": jnp.zeros(width, jnp.float32),
-            "weight1": normal(key1, width, dim),
-            "bias1": jnp.zeros(dim, jnp.float32),
+            "weight0": normal(key0, size.dim + 1, size.width),
+            "bias0": jnp.zeros(size.width, jnp.float32),
+            "weight1": normal(key1, size.width, size.dim),
+            "bias1": jnp.zeros(size.dim, jnp.float32),
         }
 
     key0, key1, key2 = jr.split(jr.key(0), 3)
-    y0 = jr.normal(key2, (batch, dim), jnp.float32)
+    y0 = jr.normal(key2, (size.batch, size.dim), jnp.float32)
     return {"drift": network(key0), "diffusion": network(key1)}, y0
 
 
@@ -48,67 +56,100 @@ def _network(t, y, params):
     return jnp.tanh(x @ params["weight1"] + params["bias1"])
 
 
-def _loss(
-    make_path: Callable[[PRNGKeyArray], diffrax.AbstractBrownianPath],
+_batched_network = jax.vmap(_network, in_axes=(None, 0, None))
+
+# The whole batch is one state, and the networks are mapped over it.
+batched = Model(
+    lambda t, y, params: _batched_network(t, y, params["drift"]),
+    lambda t, y, params: _batched_network(t, y, params["diffusion"]),
+    lambda y1: jnp.mean(y1**2),
+)
+# A single element.
+single = Model(
+    lambda t, y, params: _network(t, y, params["drift"]),
+    lambda t, y, params: _network(t, y, params["diffusion"]),
+    lambda y1: jnp.mean(y1**2),
+)
+
+MakePath: TypeAlias = Callable[
+    [Size, jax.ShapeDtypeStruct, PRNGKeyArray], diffrax.AbstractBrownianPath
+]
+
+
+def diffrax_loss(
+    size: Size,
+    vmapped: bool,
+    make_path: MakePath,
     solver: diffrax.AbstractSolver,
     adjoint: diffrax.AbstractAdjoint,
 ) -> Loss:
-    """The whole batch is one state, and the networks are mapped over it."""
+    """One solve for the whole batch, or the `vmap` of one for an element."""
 
-    def drift(t, y, params):
-        return jax.vmap(_network, in_axes=(None, 0, None))(t, y, params["drift"])
-
-    def diffusion(t, y, params):
-        out = jax.vmap(_network, in_axes=(None, 0, None))(t, y, params["diffusion"])
-        return lx.DiagonalLinearOperator(out)
-
-    def loss(params, y0, key):
+    def solve(model, params, y0, key):
+        struct = jax.ShapeDtypeStruct(y0.shape, jnp.float32)
         sol = diffrax.diffeqsolve(
             diffrax.MultiTerm(
-                diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, make_path(key))
+                diffrax.ODETerm(model.drift),
+                diffrax.ControlTerm(
+                    lambda *args: lx.DiagonalLinearOperator(model.diffusion(*args)),
+                    make_path(size, struct, key),
+                ),
             ),
             solver,
             t0=jnp.float32(0),
             t1=jnp.float32(1),
-            dt0=jnp.float32(_dt),
+            dt0=jnp.float32(size.dt),
             y0=y0,
             args=params,
             adjoint=adjoint,
-            max_steps=num_steps,
+            max_steps=size.num_steps,
         )
         assert sol.ys is not None
-        return jnp.mean(sol.ys[-1] ** 2)
+        return model.loss_of_final(sol.ys[-1])
+
+    if not vmapped:
+        return lambda *args: solve(batched, *args)
+
+    def loss(params, y0, key):
+        solves = jax.vmap(lambda y0, key: solve(single, params, y0, key))
+        return jnp.mean(solves(y0, jr.split(key, size.batch)))
 
     return loss
 
 
-_struct = jax.ShapeDtypeStruct((batch, dim), jnp.float32)
+def _brownian_interval(
+    size: Size, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+) -> BrownianInterval:
+    zero, one, dt = (jnp.float32(x) for x in (0, 1, size.dt))
+    return BrownianInterval(zero, one, struct, key, dt=dt)
 
 
-def _brownian_interval(key: PRNGKeyArray) -> BrownianInterval:
-    zero, one, dt = (jnp.float32(x) for x in (0, 1, _dt))
-    return BrownianInterval(zero, one, _struct, key, dt=dt)
-
-
-def _virtual_brownian_tree(key: PRNGKeyArray) -> diffrax.VirtualBrownianTree:
+def _virtual_brownian_tree(
+    size: Size, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+) -> diffrax.VirtualBrownianTree:
     zero, one = jnp.float32(0), jnp.float32(1)
-    return diffrax.VirtualBrownianTree(zero, one, _dt / 2, _struct, key)
+    return diffrax.VirtualBrownianTree(zero, one, size.dt / 2, struct, key)
 
 
-def ours() -> Loss:
-    return _loss(_brownian_interval, ReversibleHeun(), StochasticAdjoint())
+def ours(size: Size, vmapped: bool) -> Loss:
+    return diffrax_loss(
+        size, vmapped, _brownian_interval, ReversibleHeun(), StochasticAdjoint()
+    )
 
 
-def default(solver: diffrax.AbstractSolver) -> Loss:
-    return _loss(_virtual_brownian_tree, solver, diffrax.RecursiveCheckpointAdjoint())
-
-
-def checkpointed() -> Loss:
+def default(size: Size, vmapped: bool, solver: diffrax.AbstractSolver) -> Loss:
     adjoint = diffrax.RecursiveCheckpointAdjoint()
-    return _loss(_brownian_interval, diffrax.ReversibleHeun(), adjoint)
+    return diffrax_loss(size, vmapped, _virtual_brownian_tree, solver, adjoint)
 
 
-def torchsde_gradient() -> Callable[[], Any]:
+def checkpointed(size: Size, vmapped: bool) -> Loss:
+    adjoint = diffrax.RecursiveCheckpointAdjoint()
+    return diffrax_loss(
+        size, vmapped, _brownian_interval, diffrax.ReversibleHeun(), adjoint
+    )
+
+
+def torchsde_gradient(size: Size) -> Callable[[], Any]:
     """torchsde's gradient of the same loss, by its adjoint for this solver."""
     import torch
     import torchsde
@@ -117,9 +158,9 @@ def torchsde_gradient() -> Callable[[], Any]:
         def __init__(self):
             super().__init__()
             self.layers = torch.nn.Sequential(
-                torch.nn.Linear(dim + 1, width),
+                torch.nn.Linear(size.dim + 1, size.width),
                 torch.nn.Tanh(),
-                torch.nn.Linear(width, dim),
+                torch.nn.Linear(size.width, size.dim),
                 torch.nn.Tanh(),
             )
 
@@ -136,19 +177,21 @@ def torchsde_gradient() -> Callable[[], Any]:
             self.g = Network()
 
     sde = SDE()
-    y0 = torch.randn(batch, dim, requires_grad=True)
+    y0 = torch.randn(size.batch, size.dim, requires_grad=True)
     ts = torch.tensor([0.0, 1.0])
 
     def gradient():
         # Made anew, as it remembers what it was asked. Without `dt`, which a solve does
         # not pass if it makes its own path, queries take several times longer.
-        path = torchsde.BrownianInterval(0.0, 1.0, size=(batch, dim), dt=_dt)
+        path = torchsde.BrownianInterval(
+            0.0, 1.0, size=(size.batch, size.dim), dt=size.dt
+        )
         ys = torchsde.sdeint_adjoint(
             sde,
             y0,
             ts,
             bm=path,
-            dt=_dt,
+            dt=size.dt,
             method="reversible_heun",
             adjoint_method="adjoint_reversible_heun",
         )

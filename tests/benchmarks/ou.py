@@ -13,6 +13,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from hand_written import Loss, Model
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
@@ -25,9 +26,9 @@ class Params(NamedTuple):
 
 
 Y: TypeAlias = Float[Array, "*dim"]
-Loss: TypeAlias = Callable[[Params, Y, PRNGKeyArray], Float[Array, ""]]
 MakePath: TypeAlias = Callable[
-    [int, jax.ShapeDtypeStruct, PRNGKeyArray], diffrax.AbstractBrownianPath
+    [int, jax.ShapeDtypeStruct, PRNGKeyArray, type[diffrax.AbstractBrownianIncrement]],
+    diffrax.AbstractBrownianPath,
 ]
 
 # The time interval is [0, 1].
@@ -50,6 +51,9 @@ def loss_of_final(y1: Y) -> Float[Array, ""]:
     return jnp.sum(y1**2)
 
 
+model = Model(drift, diffusion, loss_of_final)
+
+
 def diffrax_loss(
     num_steps: int,
     make_path: MakePath,
@@ -62,7 +66,9 @@ def diffrax_loss(
 
     def loss(params, y0, key):
         struct = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
-        path = make_path(num_steps, struct, key)
+        is_srk = isinstance(solver, diffrax.AbstractSRK)
+        levy_area = diffrax.SpaceTimeLevyArea if is_srk else diffrax.BrownianIncrement
+        path = make_path(num_steps, struct, key, levy_area)
         sol = diffrax.diffeqsolve(
             diffrax.MultiTerm(
                 diffrax.ODETerm(drift),
@@ -85,23 +91,29 @@ def diffrax_loss(
 
 
 def brownian_interval(
-    num_steps: int, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+    num_steps: int,
+    struct: jax.ShapeDtypeStruct,
+    key: PRNGKeyArray,
+    levy_area: type[diffrax.AbstractBrownianIncrement],
 ) -> BrownianInterval:
     zero, one, dt = (jnp.asarray(x, struct.dtype) for x in (0, 1, 1 / num_steps))
-    return BrownianInterval(zero, one, struct, key, dt=dt)
+    return BrownianInterval(zero, one, struct, key, dt=dt, levy_area=levy_area)
 
 
 def virtual_brownian_tree(
-    num_steps: int, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
+    num_steps: int,
+    struct: jax.ShapeDtypeStruct,
+    key: PRNGKeyArray,
+    levy_area: type[diffrax.AbstractBrownianIncrement],
 ) -> diffrax.VirtualBrownianTree:
     zero, one = (jnp.asarray(x, struct.dtype) for x in (0, 1))
-    return diffrax.VirtualBrownianTree(zero, one, 1 / (2 * num_steps), struct, key)
+    tol = 1 / (2 * num_steps)
+    return diffrax.VirtualBrownianTree(zero, one, tol, struct, key, levy_area)
 
 
-def ours(num_steps: int) -> Loss:
-    return diffrax_loss(
-        num_steps, brownian_interval, ReversibleHeun(), StochasticAdjoint()
-    )
+def ours(num_steps: int, solver: diffrax.AbstractSolver | None = None) -> Loss:
+    solver = ReversibleHeun() if solver is None else solver
+    return diffrax_loss(num_steps, brownian_interval, solver, StochasticAdjoint())
 
 
 def checkpointed(
