@@ -110,7 +110,9 @@ def test_gradients(noise, saveat, backward):
     assert_equal_gradients(*make_loss(noise, saveat, backward))
 
 
-@pytest.mark.parametrize("noise", ("general", "diagonal"))
+@pytest.mark.parametrize(
+    "noise", (pytest.param("general", marks=pytest.mark.slow), "diagonal")
+)
 def test_gradients_in_float32(noise):
     loss = make_loss(noise, saveats["t0, ts, t1"], dtype=jnp.float32)
     assert_equal_gradients(*loss, tol=1e-4)

@@ -336,9 +336,7 @@ cases = {
 
 # The others are run on request.
 by_default = (
-    "ReversibleHeun",
     "SPaRK",
-    "Heun, tree",
     "ReversibleHeun, subs",
     "Heun, jumps",
     "ReversibleHeun, root event",

@@ -213,14 +213,36 @@ def test_no_solver_is_missing():
     assert names <= {type(case.solver).__name__ for case in cases.values()}
 
 
-@pytest.mark.parametrize("case", cases)
+# One for each way in which a solver uses the path; the others are run on request.
+by_default = (
+    "Euler",
+    "ItoMilstein",
+    "EulerHeun",
+    "Heun",
+    "our ReversibleHeun",
+    "SPaRK",
+    "SlowRK",
+    "SRA1",
+    "ShARK",
+    "ALIGN",
+    "QUICSORT",
+)
+
+
 @pytest.mark.parametrize(
-    "grid",
-    (
-        pytest.param("on the grid", marks=pytest.mark.slow),
-        "off the grid",
-        pytest.param("one cell", marks=pytest.mark.slow),
-    ),
+    "case,grid",
+    [
+        pytest.param(
+            case,
+            grid,
+            id=f"{grid}-{case}",
+            marks=()
+            if grid == "off the grid" and case in by_default
+            else pytest.mark.slow,
+        )
+        for grid in grids
+        for case in cases
+    ],
 )
 def test_strong_order(case, grid):
     problem = problems[cases[case].problem]
