@@ -430,7 +430,8 @@ def test_vmap_equals_a_loop():
     y1, num_steps = map(np.stack, zip(*looped, strict=True))
     assert len(np.unique(num_steps)) == num
     np.testing.assert_array_equal(in_batch[1], num_steps)
-    np.testing.assert_allclose(in_batch[0], y1, rtol=1e-12)
+    # Where times differ by rounding, the path differs by up to the root of that.
+    np.testing.assert_allclose(in_batch[0], y1, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
