@@ -30,7 +30,7 @@ from ._compat import (
     save_y,
 )
 from ._guard import Drift, did_not_return
-from ._saves import Position, Saved, SaveInputs, zeros_like
+from ._saves import Position, Saved, SaveInputs
 from ._solver import AbstractReversibleSolver, ReversibleHeun
 from ._sweep import (
     Cotangents,
@@ -43,6 +43,7 @@ from ._sweep import (
     staggered,
 )
 from ._tape import SolveState, loop_and_record, plain_while_loop
+from ._trees import zeros_like
 
 
 _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."

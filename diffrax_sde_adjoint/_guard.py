@@ -35,17 +35,13 @@ class Drift(eqx.Module):
     """How far a sweep has drifted from the solve.
 
     `worth` is what the differences between states that were found and those known are
-    worth to the loss, added up. It is compared with the size of the outputs times that
-    of their cotangents. Where an output is the solution, its size is its largest entry
-    at any time of the forward solve, `largest_y`, as it may just pass through zero;
-    `grad_y` is the size of its cotangents. Both are by leaf. `others` is the product
-    for all other outputs.
+    worth to the loss, added up. `scale` is what it is compared with: the size of the
+    outputs times that of their cotangents.
     """
 
     worth: Float[Array, ""]
-    largest_y: PyTree[Float[Array, ""]]
-    grad_y: PyTree[Float[Array, ""]]
-    others: Float[Array, ""]
+    scale: Float[Array, ""]
+    eps: float = eqx.field(static=True)
 
     @staticmethod
     def none(
@@ -55,7 +51,8 @@ class Drift(eqx.Module):
         grad_others: PyTree[Array | None],
     ) -> "Drift":
         """At the end of the solve. `grad_ys` are the cotangents of the solution, where
-        it is an output.
+        it is an output. Then its size is its largest entry at any time of the forward
+        solve, by leaf, as it may just pass through zero.
         """
 
         def product(grad, x):
@@ -66,12 +63,13 @@ class Drift(eqx.Module):
             return jnp.sum(jnp.abs(grad)) * size
 
         is_none = lambda x: x is None
-        sizes = [jtu.tree_map(lambda x: jnp.sum(jnp.abs(x)), g) for g in grad_ys]
+        products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
+        other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
+        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(largest_y)]
         return Drift(
             jnp.zeros((), jnp.result_type(float)),
-            largest_y,
-            jtu.tree_map(lambda *x: sum(x), *sizes),
-            _total(jtu.tree_map(product, grad_others, others, is_leaf=is_none)),
+            _total((products, other_products)),
+            max(eps, default=0.0),
         )
 
     def arrived(
@@ -89,10 +87,7 @@ class Drift(eqx.Module):
         """Whether gradients are wrong: by more than the cube root of the unit of
         rounding. NaNs are let pass: they speak for themselves.
         """
-        products = jtu.tree_map(lambda g, a: g * a, self.grad_y, self.largest_y)
-        scale = _total(products) + self.others
-        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(self.largest_y)]
-        return self.worth > max(eps, default=0.0) ** _root * scale
+        return self.worth > self.eps**_root * self.scale
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

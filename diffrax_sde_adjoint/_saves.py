@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from ._batching import Axes, any_of, vjp, where_active
 from ._compat import Args, DenseInfo, RealScalarLike, Y, save_y
 from ._tape import Step
+from ._trees import add_where_given, zeros_like
 
 
 class SaveInputs(eqx.Module):
@@ -194,15 +195,3 @@ class Saved(eqx.Module):
 def _evaluate(i: int, t: RealScalarLike, y: Y, inputs: SaveInputs) -> Any:
     """What `SubSaveAt` number `i` saves."""
     return eqx.filter(inputs.fns[i](t, y, inputs.args), eqx.is_inexact_array)
-
-
-def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
-    return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-def add_where_given(
-    x: PyTree[Array | None], y: PyTree[Array | None]
-) -> PyTree[Array | None]:
-    """`x + y`, where `None` is zero. Where `x` is `None`, so is the sum."""
-    add = lambda a, b: a if a is None or b is None else a + b
-    return jtu.tree_map(add, x, y, is_leaf=lambda a: a is None)

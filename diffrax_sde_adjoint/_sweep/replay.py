@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Int
 
 from .._batching import maximum
 from .._compat import while_loop
-from .._saves import zeros_like
 from .._tape import Page, Step
+from .._trees import zeros_like
 from .sweep import Sweep, SweepState
 
 
@@ -45,7 +45,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
         step = page.step(jnp.minimum(k, last), True)
-        state = once(lambda *x: sweep.step(*x)[0], step, state)
+        state = once(sweep.step, step, state)
         # The new tree goes first, as buffers are trees themselves.
         kept = jtu.tree_map(lambda x, xs: xs.at[k + 1].set(x), state, kept)
         return k + 1, state, kept
@@ -73,4 +73,4 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         )
         return carry
 
-    return sweep.backwards(page.num_steps, undo_step, carry, lambda carry: carry)
+    return sweep.backwards(page.num_steps, undo_step, carry)

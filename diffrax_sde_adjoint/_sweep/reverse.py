@@ -6,9 +6,9 @@ from jaxtyping import Array, Bool, Int
 
 from .._batching import vjp, where_active
 from .._controls import evaluate_controls, with_controls
-from .._saves import add_where_given
 from .._solver import AbstractReversibleSolver
 from .._tape import Page, SolveState
+from .._trees import add_where_given
 from .sweep import Sweep, SweepState, arrive
 
 
@@ -56,7 +56,7 @@ def reverse(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             is_leaf=lambda x: x is None,
         )
 
-    carry = sweep.backwards(page.num_steps, undo_step, carry, lambda carry: carry)
+    carry = sweep.backwards(page.num_steps, undo_step, carry)
     return carry if page.snapshot is None else arrive(carry, page.snapshot)
 
 

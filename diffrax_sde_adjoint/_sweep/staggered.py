@@ -22,29 +22,18 @@ the solution at the next point on the left is known. So they must not depend on 
 which is what `can_stagger` checks.
 """
 
-from typing import Any, NamedTuple
-
 import equinox as eqx
 import jax
 import jax.extend as jex
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int
 
 from .._batching import vjp, where_active
 from .._compat import VF, Y, save_y
-from .._saves import add_where_given, zeros_like
 from .._solver import ReversibleHeun, sums_leaf_by_leaf
 from .._tape import Page, SolveState
+from .._trees import add_where_given, zeros_like
 from .sweep import Cotangents, Sweep, SweepState, add_grad_args, arrive
-
-
-class _Carry(NamedTuple):
-    """With `u` as the solution and `yhat` as the solver state of `sweep_state`, and the
-    control over the step to the right.
-    """
-
-    sweep_state: SweepState
-    right_control: PyTree[Any]
 
 
 def can_stagger(sweep: Sweep, end: SweepState) -> bool:
@@ -89,11 +78,13 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
     terms = sweep.terms
 
-    def undo_step(k: Int[Array, ""], is_made: Bool[Array, ""], carry: _Carry) -> _Carry:
-        state, right_control = carry
+    # The solution is `u`, and the solver state `yhat` and the control on the right.
+    def undo_step(
+        k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
+    ) -> SweepState:
         step = page.step(k, is_made)
-        yhat1 = state.state.solver_state
-        grad_yhat1, grad_vf1 = state.grads.solver_state
+        yhat1, right_control = carry.state.solver_state
+        grad_yhat1, grad_vf1 = carry.grads.solver_state
 
         vf1, pull_back_vf = vjp(
             _evaluate_vf,
@@ -102,13 +93,13 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             yhat1,
             (sweep.nondiff_terms, sweep.saved.inputs.args, step),
         )
-        y1 = _add(state.state.y, -0.5, terms.prod(vf1, right_control))
-        state = eqx.tree_at(lambda s: s.state.y, state, y1)
+        y1 = _add(carry.state.y, -0.5, terms.prod(vf1, right_control))
+        carry = eqx.tree_at(lambda c: c.state.y, carry, y1)
 
         # What is saved is linear in `y0` and `y1`, so their values do not matter.
         zeros = zeros_like(y1)
         positions, grad_y1, grad_dense_info, grad_inputs = sweep.add_grad_saved(
-            step, dict(y0=zeros, y1=zeros), state
+            step, dict(y0=zeros, y1=zeros), carry
         )
         grad_y1 = _add(grad_y1, 1.0, grad_dense_info["y1"])
         grads = (grad_dense_info["y0"], grad_y1, grad_yhat1, grad_vf1)
@@ -126,35 +117,30 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         grads = Cotangents(
             _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1),
             (jtu.tree_map(lambda x: -x, grad_yhat1), grad_vf0),
-            add_where_given(state.grads.terms, grad_terms),
+            add_where_given(carry.grads.terms, grad_terms),
             add_grad_args(grad_inputs, grad_args),
         )
 
         increment = terms.prod(vf1, control)
         u0 = _add(y1, -0.5, increment)
         yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
-        state = SweepState(
-            SolveState(u0, yhat0),
+        return SweepState(
+            SolveState(u0, (yhat0, control)),
             step.t0,
             positions,
             grads,
-            state.drift,
-            state.result,
+            carry.drift,
+            carry.result,
         )
-        return _Carry(state, control)
 
     yhat, _ = carry.state.solver_state
-    carry = eqx.tree_at(lambda c: c.state.solver_state, carry, yhat)
     no_control = zeros_like(
         eqx.filter_eval_shape(terms.contr, carry.next_t0, carry.next_t0)
     )
-    carry, right_control = sweep.backwards(
-        page.num_steps,
-        undo_step,
-        _Carry(carry, no_control),
-        lambda carry: carry.sweep_state,
-    )
-    yhat = carry.state.solver_state
+    get_solver_state = lambda c: c.state.solver_state
+    carry = eqx.tree_at(get_solver_state, carry, (yhat, no_control))
+    carry = sweep.backwards(page.num_steps, undo_step, carry)
+    yhat, right_control = carry.state.solver_state
     vf = terms.vf(carry.next_t0, yhat, sweep.args)
     y = _add(carry.state.y, -0.5, terms.prod(vf, right_control))
     carry = eqx.tree_at(lambda c: c.state, carry, SolveState(y, (yhat, vf)))

@@ -18,7 +18,7 @@ returns is the gradient of the numerical solution. The ways differ in the first 
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -30,11 +30,9 @@ from .._batching import Axes, maximum, vjp, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
 from .._controls import with_controls
 from .._guard import Drift
-from .._saves import Position, Saved, SaveInputs, add_where_given, zeros_like
+from .._saves import Position, Saved, SaveInputs
 from .._tape import Page, SolveState, Step, Tape
-
-
-_T = TypeVar("_T")
+from .._trees import add_where_given, zeros_like
 
 
 class Cotangents(eqx.Module):
@@ -102,22 +100,19 @@ class Sweep(eqx.Module):
             page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
             return sweep_page(self, page, carry)
 
-        return self.backwards(self.tape.num_pages, body, carry, lambda carry: carry)
+        return self.backwards(self.tape.num_pages, body, carry)
 
     def backwards(
         self,
         num: Int[Array, ""],
-        body_fun: Callable[[Int[Array, ""], Bool[Array, ""], _T], _T],
-        carry: _T,
-        get_sweep_state: Callable[[_T], SweepState],
-    ) -> _T:
+        body_fun: Callable[[Int[Array, ""], Bool[Array, ""], SweepState], SweepState],
+        carry: SweepState,
+    ) -> SweepState:
         """`body_fun` for `num - 1`, ..., `0`; its second argument is `True`, but in a
         batch for those elements that are at their end already.
         """
 
-        def sums(carry):
-            grads = get_sweep_state(carry).grads
-            return grads.terms, grads.inputs
+        sums = lambda c: (c.grads.terms, c.grads.inputs)
 
         def body(i, carry):
             # Elements that are at their end stay at a step that was made, as evaluating
@@ -135,15 +130,14 @@ class Sweep(eqx.Module):
 
         return lax.fori_loop(0, maximum(num, self.axes), body, carry)
 
-    def step(self, step: Step, state: SolveState) -> tuple[SolveState, DenseInfo]:
+    def step(self, step: Step, state: SolveState) -> SolveState:
         """Makes a step."""
-        out = _make_step(
+        y1, _, solver_state1 = _make_step(
             (self.diff_terms, self.diff_inputs.args),
             (state, None),
             (self.nondiff_terms, self.saved.inputs.args, self.solver, step),
         )
-        y1, dense_info, solver_state1 = out
-        return SolveState(y1, solver_state1), dense_info
+        return SolveState(y1, solver_state1)
 
     def pull_back(
         self,

@@ -56,20 +56,17 @@ def _network(t, y, params):
     return jnp.tanh(x @ params["weight1"] + params["bias1"])
 
 
-_batched_network = jax.vmap(_network, in_axes=(None, 0, None))
+def _model(network) -> Model:
+    return Model(
+        lambda t, y, params: network(t, y, params["drift"]),
+        lambda t, y, params: network(t, y, params["diffusion"]),
+        lambda y1: jnp.mean(y1**2),
+    )
+
 
 # The whole batch is one state, and the networks are mapped over it.
-batched = Model(
-    lambda t, y, params: _batched_network(t, y, params["drift"]),
-    lambda t, y, params: _batched_network(t, y, params["diffusion"]),
-    lambda y1: jnp.mean(y1**2),
-)
-# A single element.
-single = Model(
-    lambda t, y, params: _network(t, y, params["drift"]),
-    lambda t, y, params: _network(t, y, params["diffusion"]),
-    lambda y1: jnp.mean(y1**2),
-)
+batched = _model(jax.vmap(_network, in_axes=(None, 0, None)))
+single = _model(_network)
 
 MakePath: TypeAlias = Callable[
     [Size, jax.ShapeDtypeStruct, PRNGKeyArray], diffrax.AbstractBrownianPath
