@@ -14,13 +14,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._batching import with_derivative
-from ._closures import (
-    hoist_closures,
-    hoist_save_fns,
-    without_derivative,
-    without_derivative_of_closure,
-)
+from ._batching import detach, with_derivative
+from ._closures import hoist_closures, hoist_save_fns
 from ._compat import (
     SaveState,
     State,
@@ -32,6 +27,7 @@ from ._compat import (
 from ._guard import Drift, did_not_return
 from ._saves import Position, Saved, SaveInputs
 from ._solver import AbstractReversibleSolver, ReversibleHeun
+from ._stages import in_forward_mode, summed_over_batches
 from ._sweep import (
     Cotangents,
     Sweep,
@@ -43,10 +39,16 @@ from ._sweep import (
     staggered,
 )
 from ._tape import SolveState, loop_and_record, plain_while_loop
+from ._times import Loop, distinct, pull_back_times, split_times
 from ._trees import zeros_like
 
 
 _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
+_no_second_derivative = (
+    "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
+    "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
+    "or use `adjoint=diffrax.DirectAdjoint()` instead."
+)
 # Of a page of the tape, if there is nothing else to say how long one should be.
 _steps_per_page = 63
 
@@ -61,7 +63,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     Gradients are those of the numerical solution, as for
     [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its, for every
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
-    Which steps are made is not differentiated. There are two ways back through a solve:
+    There are two ways back through a solve:
 
     - *Undoing its steps*, with a solver for which this is possible: any
         [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
@@ -87,18 +89,26 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
-    field or a `SaveAt(fn=...)` refers to by closure. Differentiating with respect to
-    anything else is an error.
+    field or a `SaveAt(fn=...)` refers to by closure. For ODEs and CDEs also with
+    respect to `t0`, `t1`, `dt0` and what is in the step size controller, which costs
+    another solve for each number that is differentiated. (Brownian paths have no
+    derivative in time.)
+
+    Gradients can be differentiated in forward mode: `jax.hessian` and
+    `jax.jvp(jax.grad(...), ...)`.
 
     ??? info "What is not supported"
 
-        The following raise an error, and need [`diffrax.RecursiveCheckpointAdjoint`][]:
+        The following raise an error:
 
-        - differentiating with respect to `t0`, `t1`, `dt0`, the solver, or what is in
-            the step size controller (and Brownian paths have no derivative in time);
-        - controls that refer by closure to something that is differentiated;
-        - forward-mode autodifferentiation, and differentiating a gradient again;
-        - differentiating a solve with `max_steps=None`.
+        - differentiating a solve in forward mode, for which there is
+            [`diffrax.ForwardMode`][];
+        - differentiating a gradient in reverse mode, for which there is
+            [`diffrax.DirectAdjoint`][];
+        - differentiating a solve with `max_steps=None`;
+        - differentiating with respect to what is in the solver, or what a control
+            refers to by closure;
+        - differentiating with respect to times with a progress meter.
 
     ??? cite "Reference"
 
@@ -141,7 +151,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> tuple[State, Any]:
-        del passed_solver_state
+        del passed_solver_state, passed_controller_state
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, "
@@ -153,15 +163,14 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         terms = hoist_closures(terms, t0, init_state.y, args)
         saveat = hoist_save_fns(saveat, t0, init_state.y, args)
 
-        t0, t1, dt0 = (
-            nondifferentiable(x, msg=_not_differentiated(f"`{name}`"))
-            for x, name in ((t0, "t0"), (t1, "t1"), (dt0, "dt0"))
+        solver = nondifferentiable(
+            solver,
+            msg="`adjoint=StochasticAdjoint()` does not differentiate `solver`. "
+            f"{_instead}",
         )
-        stepsize_controller = nondifferentiable(
-            stepsize_controller, msg=_not_differentiated("`stepsize_controller`")
-        )
-        solver = nondifferentiable(solver, msg=_not_differentiated("`solver`"))
-        init_state = _nondifferentiable_times(init_state, passed_controller_state)
+        t1, stepsize_controller = distinct((t1, stepsize_controller))
+        times = distinct(_get_times(init_state))
+        init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
 
         def outer_while_loop(cond_fun, body_fun, init_state, *, max_steps, buffers):
             return self._differentiable_loop(
@@ -175,13 +184,15 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 solver=solver,
                 stepsize_controller=stepsize_controller,
                 saveat=saveat,
+                times=(t1, stepsize_controller, times),
+                has_progress_meter=type(progress_meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             )
 
         return self._loop(
             args=args,
             terms=terms,
-            solver=solver,
+            solver=in_forward_mode(solver),
             stepsize_controller=stepsize_controller,
             event=event,
             saveat=saveat,
@@ -208,28 +219,22 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         solver,
         stepsize_controller,
         saveat,
+        times,
+        has_progress_meter,
         throw,
     ) -> State:
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
-        own = (
-            SolveState(init_state.y, init_state.solver_state),
-            [x.ys for x in _save_states(init_state)],
-        )
-        save_inputs = SaveInputs(
-            args, [sub.fn for sub in subs], [sub.ts for sub in subs]
-        )
-        init_state = without_derivative(init_state)
-        cond_fun, body_fun = map(without_derivative_of_closure, (cond_fun, body_fun))
-        if max_steps is None:
-            tape = None
-            final_state = plain_while_loop(
-                cond_fun, body_fun, init_state, max_steps=None, buffers=buffers
-            )
-        else:
+
+        def run(init_state):
+            if max_steps is None:
+                final_state = plain_while_loop(
+                    cond_fun, body_fun, init_state, max_steps=None, buffers=buffers
+                )
+                return final_state, None
             steps_per_page = self.checkpoint_every
             if steps_per_page is None:
                 steps_per_page = _default_steps_per_page(solver, max_steps)
-            final_state, tape = loop_and_record(
+            return loop_and_record(
                 cond_fun,
                 body_fun,
                 init_state,
@@ -240,11 +245,32 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 take_snapshots=not _is_reversible(solver)
                 or self.checkpoint_every is not None,
             )
+
+        loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)
+        of_times, loop = split_times(loop, times)
+        shared = (
+            terms,
+            SaveInputs(args, [sub.fn for sub in subs], [sub.ts for sub in subs]),
+        )
+        own = (
+            SolveState(init_state.y, init_state.solver_state),
+            _get_saved(init_state),
+            of_times,
+        )
+        _, (*_, detached_of_times), loop = detach((shared, own, loop))
+        final_state, tape = nondifferentiable_backward(
+            eqx.combine(detached_of_times, loop)(), msg=_no_second_derivative
+        )
         final_state = with_derivative(
-            _Backward([sub.steps for sub in subs], throw),
-            (terms, save_inputs),
+            _Backward([sub.steps for sub in subs], has_progress_meter, throw),
+            shared,
             own,
-            (tape, [x.save_index for x in _save_states(init_state)], solver),
+            (
+                tape,
+                [x.save_index for x in _save_states(init_state)],
+                loop,
+                solver,
+            ),
             final_state,
         )
         return eqx.tree_at(
@@ -252,7 +278,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             final_state,
             replace_fn=lambda x: nondifferentiable_backward(
                 x,
-                msg=_not_differentiated("the output `controller_state`"),
+                msg="`adjoint=StochasticAdjoint()` does not differentiate the output "
+                f"`controller_state`. {_instead}",
                 symbolic=False,
             ),
             is_leaf=_is_none,
@@ -278,19 +305,15 @@ class _Backward(eqx.Module):
     """
 
     steps: list[int]
+    has_progress_meter: bool
     throw: bool
 
     def __call__(
         self, perturbed, inputs, residuals, final_state, grad_final_state, axes
     ):
-        inputs, residuals, final_state, grad_final_state = nondifferentiable(
-            (inputs, residuals, final_state, grad_final_state),
-            msg="`adjoint=StochasticAdjoint()` does not support differentiating a "
-            f"gradient again. {_instead}",
-        )
-        (terms, save_inputs), (init_state, _) = inputs
-        (perturbed_terms, perturbed_save_inputs), _ = perturbed
-        tape, num_saved, solver = residuals
+        (terms, save_inputs), (init_state, _, times) = inputs
+        (perturbed_terms, perturbed_save_inputs), (*_, perturbed_times) = perturbed
+        tape, num_saved, loop, solver = residuals
         if tape is None:
             raise ValueError(
                 "Cannot differentiate `diffeqsolve(..., max_steps=None, "
@@ -312,14 +335,8 @@ class _Backward(eqx.Module):
             grad_final_state.dense_infos,
             grad_final_state.event_dense_info,
         )
-        # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
-        is_runge_kutta = issubclass(type(solver), diffrax.AbstractRungeKutta)
-        if axes and is_runge_kutta and solver.scan_kind is None:
-            # By default, the loop over stages has its own rule for its derivative, in
-            # which nothing is summed over a batch.
-            solver = eqx.tree_at(
-                lambda s: s.scan_kind, solver, "bounded", is_leaf=_is_none
-            )
+        if axes:
+            solver = summed_over_batches(solver)
         sweep = Sweep(solver, tape, saved, diff_inputs, diff_terms, nondiff_terms, axes)
         get_dense_infos = lambda state: (state.dense_infos, state.event_dense_info)
         saved_ys = [
@@ -363,16 +380,35 @@ class _Backward(eqx.Module):
         grads = start.grads
 
         # What was saved within the steps has been dealt with.
-        def is_kept(grad, first, state):
+        def is_kept(grad, first, end):
             index = jnp.arange(len(grad)).reshape((-1,) + (1,) * (grad.ndim - 1))
-            return (index < first) | (index >= state.save_index)
+            return (index < first) | (index >= end)
 
-        grad_init_ys = [
-            jtu.tree_map(lambda g, i=i, x=x: jnp.where(is_kept(g, i, x), g, 0), grad)
-            for grad, i, x in zip(saved.grad_ys, num_saved, save_states, strict=True)
+        grad_saved, grad_dense_ts = _get_saved(grad_final_state)
+        grad_saved = [
+            jtu.tree_map(
+                lambda g, i=i, x=x: jnp.where(is_kept(g, i, x.save_index), g, 0), grad
+            )
+            for grad, i, x in zip(grad_saved, num_saved, save_states, strict=True)
         ]
+        if grad_dense_ts is not None:
+            end = final_state.dense_save_index + 1
+            grad_dense_ts = jnp.where(is_kept(grad_dense_ts, 1, end), grad_dense_ts, 0)
+        grad_times = jtu.tree_map(lambda _: None, times)
+        if any(jtu.tree_leaves(perturbed_times)):
+            if self.has_progress_meter:
+                raise ValueError(
+                    "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())"
+                    "` does not support differentiating with respect to the times of a "
+                    "solve, as it is then run once more. Do without the progress meter."
+                )
+            grad_times = pull_back_times(times, loop, perturbed_times, grad_final_state)
         grad_shared = (grads.terms, grads.inputs)
-        grad_own = (SolveState(grads.y, grads.solver_state), grad_init_ys)
+        grad_own = (
+            SolveState(grads.y, grads.solver_state),
+            (grad_saved, grad_dense_ts),
+            grad_times,
+        )
         failed = jnp.invert(diffrax.is_okay(start.result))
         drifted = start.drift.is_too_large()
         if self.throw:
@@ -382,6 +418,9 @@ class _Backward(eqx.Module):
             grad_shared, grad_own = eqx.error_if(
                 (grad_shared, grad_own), drifted, did_not_return
             )
+        grad_shared, grad_own = nondifferentiable_backward(
+            (grad_shared, grad_own), msg=_no_second_derivative
+        )
         return grad_shared, grad_own, failed | drifted
 
 
@@ -423,27 +462,16 @@ def _may_jump(controller: diffrax.AbstractStepSizeController, made_jump: Any) ->
     return type(controller) not in never
 
 
-def _not_differentiated(what: str) -> str:
+def _get_times(state: State) -> tuple[Any, ...]:
     return (
-        f"`adjoint=StochasticAdjoint()` does not differentiate {what}. {_instead} (Of "
-        "the times of steps, it records what they were, not how they came about.)"
+        state.tprev,
+        state.tnext,
+        state.controller_state,
+        state.event_tprev,
+        state.event_tnext,
     )
 
 
-def _nondifferentiable_times(init_state: State, passed_controller_state: bool) -> State:
-    get_times = lambda s: (s.tprev, s.tnext, s.made_jump)
-    times = nondifferentiable(
-        get_times(init_state), msg=_not_differentiated("the times of a solve")
-    )
-    if passed_controller_state:
-        controller_state = nondifferentiable(
-            init_state.controller_state, msg=_not_differentiated("`controller_state`")
-        )
-    else:
-        controller_state = without_derivative(init_state.controller_state)
-    return eqx.tree_at(
-        lambda s: (*get_times(s), s.controller_state),
-        init_state,
-        (*times, controller_state),
-        is_leaf=_is_none,
-    )
+def _get_saved(state: State) -> tuple[list[tuple[Any, Any]], Any]:
+    """What there may be of it before the first step."""
+    return [(x.ys, x.ts) for x in _save_states(state)], state.dense_ts

@@ -146,6 +146,8 @@ class _Call:
         self.num_outputs = len(jtu.tree_leaves(outputs))
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        # JAX may have made numbers of some.
+        leaves = [jnp.asarray(x) for x in leaves]
         return eqx.combine(jtu.tree_unflatten(self.treedef, leaves), self.static)
 
     def leaves(self, arguments: tuple[Any, Any, Any, Any]) -> list[Any]:
@@ -174,12 +176,55 @@ def with_derivative(
     thing that `rule` returns is whether the cotangents are to be replaced by NaN.
     """
     arrays, static = eqx.partition((shared, own, residuals, outputs), eqx.is_array)
+    arrays = jtu.tree_map(jnp.asarray, arrays)  # from those of NumPy
     call = _Call(rule, arrays, static)
     out = _with_derivative_p.bind(*jtu.tree_leaves(arrays), call=call, axes=())
     *_, static_outputs = static
     *_, output_arrays = arrays
     out = jtu.tree_unflatten(jtu.tree_structure(output_arrays), out)
     return eqx.combine(out, static_outputs)
+
+
+def detach(tree: _T) -> _T:
+    """`tree`, whose arrays have no derivative, for a function that is to be given
+    another `with_derivative`.
+
+    Unlike for `jax.lax.stop_gradient`, this is so for one differentiation, that of
+    which any of the arrays is a part. If gradients are differentiated, then in the
+    outer one they have their derivative.
+    """
+    arrays, others = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    return eqx.combine(jtu.tree_unflatten(treedef, _detach_p.bind(*leaves)), others)
+
+
+_detach_p = jex.core.Primitive("detach")
+_detach_p.multiple_results = True
+
+
+@_detach_p.def_impl
+def _detach_impl(*leaves):
+    return list(leaves)
+
+
+_detach_p.def_abstract_eval(_detach_impl)
+mlir.register_lowering(_detach_p, mlir.lower_fun(_detach_impl, multiple_results=True))
+
+
+def _detach_batch(leaves, dims):
+    return _detach_p.bind(*leaves), dims
+
+
+def _detach_jvp(primals, tangents):
+    del tangents
+    # Not bound again: an outer differentiation does not see that these were detached.
+    return list(primals), [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals
+    ]
+
+
+batching.primitive_batchers[_detach_p] = _detach_batch
+ad.primitive_jvps[_detach_p] = _detach_jvp
 
 
 _with_derivative_p = jex.core.Primitive("with_derivative")
@@ -220,14 +265,10 @@ batching.primitive_batchers[_with_derivative_p] = _batch
 def _jvp(primals, tangents, *, call, axes):
     is_zero = lambda t: type(t) is ad.Zero or t.dtype == jax.dtypes.float0
     tangents = [None if is_zero(t) else t for t in tangents]
-    shared, own, residuals, outputs = call.arguments(primals)
-    tangents = jtu.tree_unflatten(call.treedef, tangents)
     out, tangent_out = eqx.filter_jvp(
-        lambda *inputs: _differentiable(
-            inputs, residuals=residuals, outputs=outputs, call=call, axes=axes
-        ),
-        (shared, own),
-        tangents[:2],
+        lambda *arguments: _differentiable(arguments, call=call, axes=axes),
+        call.arguments(primals),
+        jtu.tree_unflatten(call.treedef, tangents),
     )
     out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
     return out, [
@@ -240,23 +281,25 @@ ad.primitive_jvps[_with_derivative_p] = _jvp
 
 
 @eqx.filter_custom_vjp
-def _differentiable(inputs, *, residuals, outputs, call, axes):
-    del inputs, residuals, call, axes
+def _differentiable(arguments, *, call, axes):
+    del call, axes
+    *_, outputs = arguments
     return outputs
 
 
 @_differentiable.def_fwd
-def _differentiable_fwd(perturbed, inputs, *, residuals, outputs, call, axes):
-    del perturbed, inputs, residuals, call, axes
+def _differentiable_fwd(perturbed, arguments, *, call, axes):
+    del perturbed, call, axes
+    *_, outputs = arguments
     return outputs, None
 
 
 @_differentiable.def_bwd
-def _differentiable_bwd(
-    _, grad_outputs, perturbed, inputs, *, residuals, outputs, call, axes
-):
+def _differentiable_bwd(_, grad_outputs, perturbed, arguments, *, call, axes):
+    *perturbed, _, _ = perturbed
+    *_, residuals, outputs = arguments
     grad_outputs = jtu.tree_map(_materialise_zeros, outputs, grad_outputs)
-    leaves = call.leaves((*inputs, residuals, outputs))
+    leaves = call.leaves(arguments)
     names = tuple(object() for _ in axes)
     is_batched = [
         jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
@@ -265,7 +308,7 @@ def _differentiable_bwd(
     def rule(leaves, grad_outputs):
         *inputs, residuals, outputs = call.arguments(leaves)
         *grads, is_wrong = call.rule(
-            perturbed, tuple(inputs), residuals, outputs, grad_outputs, names
+            tuple(perturbed), tuple(inputs), residuals, outputs, grad_outputs, names
         )
 
         def finish(is_summed, grad, *is_batched):
@@ -293,7 +336,8 @@ def _differentiable_bwd(
             axis_size=axis.size,
             axis_name=name,
         )
-    return rule(leaves, grad_outputs)
+    none = jtu.tree_map(lambda _: None, (residuals, outputs))
+    return *rule(leaves, grad_outputs), *none
 
 
 def _materialise_zeros(x: Array, grad: Array | None) -> Array | None:

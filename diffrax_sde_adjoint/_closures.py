@@ -1,4 +1,4 @@
-"""What functions refer to by closure: made a part of them, or without a derivative.
+"""What functions refer to by closure: made a part of them.
 
 JAX passes arrays into a function with a derivative of its own only through its
 arguments. So where a vector field or a function of a `SubSaveAt` refers to an array
@@ -6,14 +6,12 @@ that is being traced (by `jit`, `vmap` or `grad`), it is replaced by one that ha
 array as a part of itself.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax.core
 import jax.extend as jex
-import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -27,9 +25,6 @@ from ._compat import (
     save_y,
 )
 from ._controls import is_single_term
-
-
-_T = TypeVar("_T", bound=PyTree)
 
 
 class _HoistedTerm(diffrax.AbstractTerm):
@@ -121,18 +116,3 @@ def hoist_save_fns(
     is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
     subs = jtu.tree_map(hoist, saveat.subs, is_leaf=is_subsaveat)
     return eqx.tree_at(lambda s: s.subs, saveat, subs)
-
-
-def without_derivative(tree: _T) -> _T:
-    """`tree`, whose arrays have no derivative."""
-    stop = lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
-    return jtu.tree_map(stop, tree)
-
-
-def without_derivative_of_closure(fn: Callable[..., _T]) -> Callable[..., _T]:
-    """`fn`, without a derivative with respect to what it refers to by closure."""
-
-    def wrapped(*args):
-        return without_derivative(eqx.filter_closure_convert(fn, *args))(*args)
-
-    return wrapped

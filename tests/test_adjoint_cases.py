@@ -133,6 +133,7 @@ class Case:
     checkpoint_every: int | None = None
     max_steps: int = 100
     differentiate_ts: bool = False
+    differentiate_times: bool = False
 
 
 def is_shape(x: Any) -> bool:
@@ -185,6 +186,8 @@ def make_loss(case: Case):
 
     t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 0.1))
     direction = -1 if case.backward else 1
+    # One array, as it is the largest of its entries that errors are relative to.
+    step_times = jnp.stack((t1, t0, -dt) if case.backward else (t0, t1, dt))
     times = jnp.array([0.0, 0.05, 0.3, 0.31, 0.31, 0.9, 1.0], dtype)[::direction]
     controller, has_dt0 = make_controller(case.controller, direction, dtype)
     levy_area = (
@@ -210,11 +213,14 @@ def make_loss(case: Case):
             root_finder,
         )
 
-    def loss(adjoint, params, y0, args, differentiable_times):
+    def loss(adjoint, params, y0, args, differentiable_times, differentiable_steps):
         drift_scale, new_diffusion = params
         if new_diffusion is None:
             new_diffusion = diffusion
         save_times = differentiable_times if case.differentiate_ts else times
+        start, end, dt0 = (
+            differentiable_steps if case.differentiate_times else step_times
+        )
 
         def scaled_drift(t, y, args):
             dy = drift_with_jumps(t, y, args)
@@ -233,13 +239,12 @@ def make_loss(case: Case):
                     levy_area=levy_area,
                 )
                 terms = make_terms(scaled_drift, new_diffusion, path)
-            start, end = (t1, t0) if case.backward else (t0, t1)
             sol = diffrax.diffeqsolve(
                 terms,
                 solvers[case.solver],
                 start,
                 end,
-                direction * dt if has_dt0 else None,
+                dt0 if has_dt0 else None,
                 jtu.tree_map(lambda y: y + shift, y0),
                 args,
                 saveat=make_saveat(case.saveat, save_times),
@@ -252,7 +257,11 @@ def make_loss(case: Case):
             out = sol.ys
             if case.saveat == "dense":
                 out = (out, sol.evaluate(save_times[2]), sol.derivative(times[1]))
-            if case.event == "root":
+            # See `first_entry`: elsewhere `ts` does not depend on the element.
+            if case.event == "root" or (
+                case.differentiate_times
+                and case.controller not in ("constant", "step to")
+            ):
                 out = (out, sol.ts)
             return out
 
@@ -264,7 +273,7 @@ def make_loss(case: Case):
         return jnp.sum(jnp.cos(1 + jnp.arange(x.size)) * (x + x**2))
 
     params = (jnp.ones((), dtype), diffusion if case.state == "array" else None)
-    return loss, params, y0, args, times
+    return loss, params, y0, args, times, step_times
 
 
 def assert_equal_gradients(case: Case):
@@ -325,6 +334,26 @@ cases = {
     ),
     "backward, jumps, fn": Case("Heun", controller="jumps", saveat="fn", backward=True),
     "backward, jumps, reversible": Case(controller="jumps", saveat="fn", backward=True),
+    **{
+        f"times, {s}, {controller}, {saveat}": Case(
+            s,
+            noise="none",
+            saveat=saveat,
+            controller=controller,
+            backward=backward,
+            event=event,
+            differentiate_times=True,
+        )
+        for s, controller, saveat, backward, event in (
+            ("ReversibleHeun", "constant", "t0, ts, t1", False, None),
+            ("ReversibleHeun", "PID", "dense", True, None),
+            ("Tsit5", "PID", "subs", False, None),
+            ("Heun", "clip", "steps", True, None),
+            ("Heun", "PID, no dt0", "steps=3", False, None),
+            ("ReversibleHeun", "jumps", "fn", False, None),
+            ("Kvaerno3", "PID", "t1", False, "root"),
+        )
+    },
     "checkpoints": Case(checkpoint_every=3),
     "checkpoints, replay": Case("Heun", checkpoint_every=3),
     "incomplete": Case(max_steps=4, saveat="subs"),
@@ -343,6 +372,7 @@ by_default = (
     "backward, PID, subs",
     "checkpoints",
     "f32 replay",
+    "times, Heun, clip, steps",
 )
 
 

@@ -56,7 +56,11 @@ def test_state():
         "save_state",
         "num_steps",
         "num_accepted_steps",
+        "dense_ts",
         "dense_infos",
+        "dense_save_index",
+        "event_tprev",
+        "event_tnext",
         "event_dense_info",
     }
     assert needed <= fields, (

@@ -31,6 +31,7 @@ from .._compat import Args, DenseInfo, RealScalarLike, Y
 from .._controls import with_controls
 from .._guard import Drift
 from .._saves import Position, Saved, SaveInputs
+from .._stages import in_forward_mode
 from .._tape import Page, SolveState, Step, Tape
 from .._trees import add_where_given, zeros_like
 
@@ -132,10 +133,11 @@ class Sweep(eqx.Module):
 
     def step(self, step: Step, state: SolveState) -> SolveState:
         """Makes a step."""
+        solver = in_forward_mode(self.solver)
         y1, _, solver_state1 = _make_step(
             (self.diff_terms, self.diff_inputs.args),
             (state, None),
-            (self.nondiff_terms, self.saved.inputs.args, self.solver, step),
+            (self.nondiff_terms, self.saved.inputs.args, solver, step),
         )
         return SolveState(y1, solver_state1)
 
