@@ -91,8 +91,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
     field or a `SaveAt(fn=...)` refers to by closure. For ODEs and CDEs also with
     respect to `t0`, `t1`, `dt0` and what is in the step size controller, which costs
-    another solve for each number that is differentiated. (Brownian paths have no
-    derivative in time.)
+    another solve, and its memory, for each number that is differentiated. (Brownian
+    paths have no derivative in time.) That a step size controller looks at the solution
+    to choose a step, or refers to something by closure, is not differentiated; it has
+    no derivative with those of diffrax either.
 
     Gradients can be differentiated in forward mode: `jax.hessian` and
     `jax.jvp(jax.grad(...), ...)`.
@@ -392,8 +394,8 @@ class _Backward(eqx.Module):
             for grad, i, x in zip(grad_saved, num_saved, save_states, strict=True)
         ]
         if grad_dense_ts is not None:
-            end = final_state.dense_save_index + 1
-            grad_dense_ts = jnp.where(is_kept(grad_dense_ts, 1, end), grad_dense_ts, 0)
+            is_start = is_kept(grad_dense_ts, 1, final_state.dense_save_index + 1)
+            grad_dense_ts = jnp.where(is_start, grad_dense_ts, 0)
         grad_times = jtu.tree_map(lambda _: None, times)
         if any(jtu.tree_leaves(perturbed_times)):
             if self.has_progress_meter:

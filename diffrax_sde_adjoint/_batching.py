@@ -189,9 +189,9 @@ def detach(tree: _T) -> _T:
     """`tree`, whose arrays have no derivative, for a function that is to be given
     another `with_derivative`.
 
-    Unlike for `jax.lax.stop_gradient`, this is so for one differentiation, that of
-    which any of the arrays is a part. If gradients are differentiated, then in the
-    outer one they have their derivative.
+    Unlike for `jax.lax.stop_gradient`, this is so for one differentiation: the
+    innermost one that any of the arrays takes part in. If a gradient is differentiated,
+    then in the outer differentiation they have their derivative.
     """
     arrays, others = eqx.partition(tree, eqx.is_inexact_array)
     leaves, treedef = jtu.tree_flatten(arrays)
@@ -218,9 +218,7 @@ def _detach_batch(leaves, dims):
 def _detach_jvp(primals, tangents):
     del tangents
     # Not bound again: an outer differentiation does not see that these were detached.
-    return list(primals), [
-        ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals
-    ]
+    return list(primals), [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals]
 
 
 batching.primitive_batchers[_detach_p] = _detach_batch
@@ -265,15 +263,26 @@ batching.primitive_batchers[_with_derivative_p] = _batch
 def _jvp(primals, tangents, *, call, axes):
     is_zero = lambda t: type(t) is ad.Zero or t.dtype == jax.dtypes.float0
     tangents = [None if is_zero(t) else t for t in tangents]
+    tangents_of_outputs = tangents[len(tangents) - call.num_outputs :]
+    if any(t is not None for t in tangents_of_outputs):
+        # This is an outer differentiation, in which the outputs were not detached, of
+        # an inner one that did not come here: they have their derivative.
+        return _finish_jvp(
+            primals[len(primals) - call.num_outputs :], tangents_of_outputs
+        )
     out, tangent_out = eqx.filter_jvp(
         lambda *arguments: _differentiable(arguments, call=call, axes=axes),
         call.arguments(primals),
         jtu.tree_unflatten(call.treedef, tangents),
     )
     out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
-    return out, [
+    return _finish_jvp(out, treedef.flatten_up_to(tangent_out))
+
+
+def _finish_jvp(out, tangent_out):
+    return list(out), [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
-        for x, t in zip(out, treedef.flatten_up_to(tangent_out), strict=True)
+        for x, t in zip(out, tangent_out, strict=True)
     ]
 
 

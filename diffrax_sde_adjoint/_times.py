@@ -63,7 +63,14 @@ def pull_back_times(
 
     def derivative(direction):
         _, tangents = jax.jvp(lambda x: final_state(unravel(x)), (flat,), (direction,))
-        products = jtu.tree_map(jnp.vdot, grad_final_state, tangents)
+        products = jtu.tree_map(product, grad_final_state, tangents)
         return sum(jtu.tree_leaves(products), start=jnp.zeros((), flat.dtype))
+
+    def product(grad, tangent):
+        # Where either is zero there is no dependence, whatever the other is: outputs
+        # that were not written, or that nothing refers to, may have NaNs.
+        is_zero = (grad == 0) | (tangent == 0)
+        total = jnp.sum(jnp.where(is_zero, 0, grad * tangent))
+        return jnp.real(total).astype(flat.dtype)
 
     return unravel(jax.vmap(derivative)(jnp.eye(flat.size, dtype=flat.dtype)))

@@ -745,3 +745,27 @@ def test_parameters_that_are_also_in_the_controller():
         ).ys[0]
 
     assert_equal_gradients(loss, jnp.array(0.4))
+
+
+def test_times_with_outputs_that_are_not_numbers():
+    """They have no part in the derivative, as they are not written or not used."""
+
+    def loss(adjoint, t1):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.sin(y) + t),
+            diffrax.HalfSolver(diffrax.Heun()),
+            0.0,
+            t1,
+            0.11,
+            1.2,
+            saveat=diffrax.SaveAt(steps=True),
+            adjoint=adjoint,
+            max_steps=32,
+            # Never happens; its derivative is infinite.
+            event=diffrax.Event(
+                lambda t, y, args, **kwargs: jnp.sqrt(jnp.maximum(y - 100, 0)) - 1
+            ),
+        )
+        return jnp.sum(jnp.where(jnp.isfinite(sol.ts), sol.ys**2, 0))
+
+    assert_equal_gradients(loss, jnp.array(1.0))

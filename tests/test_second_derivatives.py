@@ -4,6 +4,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
 from test_adjoint import scalar_args, scalar_loss
@@ -121,3 +122,29 @@ def test_derivatives_that_do_not_exist():
         jax.jacrev(lambda rate: jax.jit(jax.grad(loss))(0.3, rate))(1.3)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(loss, (0.3,), (1.0,))
+
+
+def test_inner_derivative_of_an_event():
+    """It does not pass through the steps, but the outer one does."""
+
+    def loss(adjoint, y0, level):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.sin(y) + t),
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            0.11,
+            y0,
+            adjoint=adjoint,
+            max_steps=32,
+            event=diffrax.Event(
+                lambda t, y, args, **kwargs: y - level, optx.Newton(1e-10, 1e-10)
+            ),
+        ).ts[0]
+
+    mixed = lambda adjoint: jax.jacfwd(jax.grad(loss, argnums=2), argnums=1)(
+        adjoint, 1.2, 1.5
+    )
+    np.testing.assert_allclose(
+        mixed(StochasticAdjoint()), mixed(diffrax.DirectAdjoint()), rtol=1e-9
+    )
