@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._batching import Axes, any_of, vjp, where_active
-from ._compat import Args, DenseInfo, RealScalarLike, Y, save_y
+from ._compat import Args, DenseInfo, RealScalarLike, SaveState, State, Y, save_y
 from ._tape import Step
 from ._trees import add_where_given, zeros_like
 
@@ -195,3 +195,14 @@ class Saved(eqx.Module):
 def _evaluate(i: int, t: RealScalarLike, y: Y, inputs: SaveInputs) -> Any:
     """What `SubSaveAt` number `i` saves."""
     return eqx.filter(inputs.fns[i](t, y, inputs.args), eqx.is_inexact_array)
+
+
+def get_save_states(state: State) -> list[SaveState]:
+    is_save_state = lambda x: isinstance(x, SaveState)
+    leaves = jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
+    return [x for x in leaves if is_save_state(x)]
+
+
+def get_saved(state: State) -> tuple[list[tuple[Any, Any]], Any]:
+    """What there may be of it before the first step."""
+    return [(x.ys, x.ts) for x in get_save_states(state)], state.dense_ts

@@ -65,3 +65,8 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         - The state of the solver at `t0`.
         - A [`diffrax.RESULTS`][] saying whether the step could be undone.
         """
+
+
+def is_reversible(solver: diffrax.AbstractSolver) -> bool:
+    # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
+    return issubclass(type(solver), AbstractReversibleSolver)

@@ -1,0 +1,159 @@
+"""The rule for the derivative of the loop of a solve: the sweep, from what the forward
+solve left to the cotangents of all that it depends on.
+"""
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._compat import nondifferentiable_backward, save_y
+from ._guard import Drift, did_not_return
+from ._saves import Position, Saved, get_save_states, get_saved
+from ._solver import is_reversible
+from ._stages import summed_over_batches
+from ._sweep import (
+    Cotangents,
+    Sweep,
+    SweepState,
+    arrive,
+    can_stagger,
+    replay,
+    reverse,
+    staggered,
+)
+from ._tape import SolveState
+from ._times import pull_back_times
+from ._trees import zeros_like
+
+
+no_second_derivative = (
+    "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
+    "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
+    "or use `adjoint=diffrax.DirectAdjoint()` instead."
+)
+
+
+class Backward(eqx.Module):
+    """The rule for the derivative of the loop of a solve, which starts with certain
+    states and outputs, and refers to terms and to the inputs of what is saved.
+    """
+
+    steps: list[int]
+    has_progress_meter: bool
+    throw: bool
+
+    def __call__(
+        self, perturbed, inputs, residuals, final_state, grad_final_state, axes
+    ):
+        (terms, save_inputs), (init_state, _, times) = inputs
+        (perturbed_terms, perturbed_save_inputs), (*_, perturbed_times) = perturbed
+        tape, num_saved, loop, solver = residuals
+        if tape is None:
+            raise ValueError(
+                "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+                "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
+                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
+                "which may be generous: it costs the size of one floating-point number "
+                "a step."
+            )
+        diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
+        diff_inputs, nondiff_inputs = eqx.partition(save_inputs, perturbed_save_inputs)
+        save_states = get_save_states(final_state)
+        grad_save_states = get_save_states(grad_final_state)
+        saved = Saved(
+            self.steps,
+            axes,
+            nondiff_inputs,
+            [x.ys for x in grad_save_states],
+            [x.ts for x in grad_save_states],
+            grad_final_state.dense_infos,
+            grad_final_state.event_dense_info,
+        )
+        if axes:
+            solver = summed_over_batches(solver)
+        sweep = Sweep(solver, tape, saved, diff_inputs, diff_terms, nondiff_terms, axes)
+        get_dense_infos = lambda state: (state.dense_infos, state.event_dense_info)
+        saved_ys = [
+            (state.ys, grad, fn is save_y)
+            for state, grad, fn in zip(
+                save_states, saved.grad_ys, save_inputs.fns, strict=True
+            )
+        ]
+        end = SweepState(
+            SolveState(final_state.y, final_state.solver_state),
+            final_state.tprev,
+            [
+                Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
+                for x in save_states
+            ],
+            Cotangents(
+                grad_final_state.y,
+                grad_final_state.solver_state,
+                zeros_like(diff_terms),
+                zeros_like(diff_inputs),
+            ),
+            Drift.none(
+                tape.largest_y,
+                [grad_final_state.y, *(grad for _, grad, is_y in saved_ys if is_y)],
+                (
+                    [ys for ys, _, is_y in saved_ys if not is_y],
+                    get_dense_infos(final_state),
+                ),
+                (
+                    [grad for _, grad, is_y in saved_ys if not is_y],
+                    get_dense_infos(grad_final_state),
+                ),
+            ),
+            diffrax.RESULTS.successful,
+        )
+        if not is_reversible(solver):
+            start = sweep(replay, end)
+        else:
+            way = staggered if can_stagger(sweep, end) else reverse
+            start = arrive(sweep(way, end), init_state)
+        grads = start.grads
+
+        # What was saved within the steps has been dealt with.
+        def is_kept(grad, first, end):
+            index = jnp.arange(len(grad)).reshape((-1,) + (1,) * (grad.ndim - 1))
+            return (index < first) | (index >= end)
+
+        grad_saved, grad_dense_ts = get_saved(grad_final_state)
+        grad_saved = [
+            jtu.tree_map(
+                lambda g, i=i, x=x: jnp.where(is_kept(g, i, x.save_index), g, 0), grad
+            )
+            for grad, i, x in zip(grad_saved, num_saved, save_states, strict=True)
+        ]
+        if grad_dense_ts is not None:
+            is_start = is_kept(grad_dense_ts, 1, final_state.dense_save_index + 1)
+            grad_dense_ts = jnp.where(is_start, grad_dense_ts, 0)
+        grad_times = jtu.tree_map(lambda _: None, times)
+        if any(jtu.tree_leaves(perturbed_times)):
+            if self.has_progress_meter:
+                raise ValueError(
+                    "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())"
+                    "` does not support differentiating with respect to the times of a "
+                    "solve, as it is then run once more. Do without the progress meter."
+                )
+            grad_times = pull_back_times(times, loop, perturbed_times, grad_final_state)
+        grad_shared = (grads.terms, grads.inputs)
+        grad_own = (
+            SolveState(grads.y, grads.solver_state),
+            (grad_saved, grad_dense_ts),
+            grad_times,
+        )
+        failed = jnp.invert(diffrax.is_okay(start.result))
+        drifted = start.drift.is_too_large()
+        if self.throw:
+            grad_shared, grad_own = start.result.error_if(
+                (grad_shared, grad_own), failed
+            )
+            grad_shared, grad_own = eqx.error_if(
+                (grad_shared, grad_own), drifted, did_not_return
+            )
+        grad_shared, grad_own = nondifferentiable_backward(
+            (grad_shared, grad_own), msg=no_second_derivative
+        )
+        return grad_shared, grad_own, failed | drifted
