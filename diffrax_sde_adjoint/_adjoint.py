@@ -25,7 +25,7 @@ from ._compat import (
 )
 from ._saves import SaveInputs, get_save_states, get_saved
 from ._solver import ReversibleHeun, is_reversible
-from ._stages import in_forward_mode
+from ._stages import in_forward_mode, without_loops
 from ._tape import SolveState, loop_and_record, plain_while_loop
 from ._times import Loop, distinct, split_times
 
@@ -144,6 +144,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             )
         if type(solver) is diffrax.ReversibleHeun:
             solver = ReversibleHeun()
+        solver = without_loops(solver)
         terms = hoist_closures(terms, t0, init_state.y, args)
         saveat = hoist_save_fns(saveat, t0, init_state.y, args)
 

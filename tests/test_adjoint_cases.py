@@ -23,6 +23,7 @@ from helpers import (
     struct,
 )
 from jaxtyping import Array
+from recorded_steps import Recording, Repeating
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 
@@ -135,6 +136,10 @@ class Case:
     differentiate_ts: bool = False
     differentiate_times: bool = False
 
+    @property
+    def is_adaptive(self) -> bool:
+        return self.controller not in ("constant", "step to")
+
 
 def is_shape(x: Any) -> bool:
     return isinstance(x, tuple) and all(isinstance(n, int) for n in x)
@@ -172,7 +177,7 @@ def restructured(case: Case):
     )
 
 
-def make_loss(case: Case):
+def make_loss(case: Case, has_record: bool = False):
     dtype = case.dtype
     drift, diffusion, y0, args, noise_shape = restructured(case)
     to_struct = lambda shape: struct(shape, dtype)
@@ -190,6 +195,8 @@ def make_loss(case: Case):
     step_times = jnp.stack((t1, t0, -dt) if case.backward else (t0, t1, dt))
     times = jnp.array([0.0, 0.05, 0.3, 0.31, 0.31, 0.9, 1.0], dtype)[::direction]
     controller, has_dt0 = make_controller(case.controller, direction, dtype)
+    if has_record:
+        controller = Recording(controller, case.max_steps)
     levy_area = (
         diffrax.SpaceTimeLevyArea
         if case.solver in with_levy_area
@@ -213,7 +220,16 @@ def make_loss(case: Case):
             root_finder,
         )
 
-    def loss(adjoint, params, y0, args, differentiable_times, differentiable_steps):
+    def loss(
+        adjoint,
+        params,
+        y0,
+        args,
+        differentiable_times,
+        differentiable_steps,
+        record=None,
+    ):
+        """And a record of the steps, for making the same again."""
         drift_scale, new_diffusion = params
         if new_diffusion is None:
             new_diffusion = diffusion
@@ -226,7 +242,7 @@ def make_loss(case: Case):
             dy = drift_with_jumps(t, y, args)
             return jtu.tree_map(lambda x: drift_scale * x, dy)
 
-        def solve(key, shift):
+        def solve(key, shift, record):
             if case.noise == "none":
                 terms = diffrax.ODETerm(scaled_drift)
             else:
@@ -247,8 +263,12 @@ def make_loss(case: Case):
                 dt0 if has_dt0 else None,
                 jtu.tree_map(lambda y: y + shift, y0),
                 args,
-                saveat=make_saveat(case.saveat, save_times),
-                stepsize_controller=controller,
+                saveat=eqx.tree_at(
+                    lambda x: x.controller_state,
+                    make_saveat(case.saveat, save_times),
+                    has_record,
+                ),
+                stepsize_controller=controller if record is None else Repeating(record),
                 adjoint=adjoint,
                 event=event,
                 max_steps=case.max_steps,
@@ -258,33 +278,38 @@ def make_loss(case: Case):
             if case.saveat == "dense":
                 out = (out, sol.evaluate(save_times[2]), sol.derivative(times[1]))
             # See `first_entry`: elsewhere `ts` does not depend on the element.
-            if case.event == "root" or (
-                case.differentiate_times
-                and case.controller not in ("constant", "step to")
-            ):
+            if case.event == "root" or (case.differentiate_times and case.is_adaptive):
                 out = (out, sol.ts)
-            return out
+            if has_record and record is None:
+                assert sol.controller_state is not None
+                *_, record = sol.controller_state
+            return out, record
 
         shifts = jnp.array([0.0, 0.25], dtype)
-        out = jax.vmap(solve)(keys(2), shifts)
+        out, record = jax.vmap(solve)(keys(2), shifts, record)
         out = jtu.tree_map(lambda x: jnp.where(jnp.isfinite(x), x, 0), out)
         leaves = [x.astype(jnp.float64).ravel() for x in jtu.tree_leaves(out)]
         x = jnp.concatenate(leaves)
-        return jnp.sum(jnp.cos(1 + jnp.arange(x.size)) * (x + x**2))
+        return jnp.sum(jnp.cos(1 + jnp.arange(x.size)) * (x + x**2)), record
 
     params = (jnp.ones((), dtype), diffusion if case.state == "array" else None)
     return loss, params, y0, args, times, step_times
 
 
-def assert_equal_gradients(case: Case):
-    loss, *inputs = make_loss(case)
+def assert_equal_gradients(case: Case, same_steps: bool = False):
+    """With `same_steps`, the reference makes the very steps that `StochasticAdjoint`
+    made: see `recorded_steps.py`.
+    """
+    loss, *inputs = make_loss(case, has_record=same_steps)
 
-    def grad(adjoint):
-        fn = lambda inputs: loss(adjoint, *inputs)
-        return eqx.filter_jit(eqx.filter_value_and_grad(fn))(tuple(inputs))
+    @eqx.filter_jit
+    def grad(adjoint, record):
+        fn = lambda inputs: loss(adjoint, *inputs, record=record)
+        return eqx.filter_value_and_grad(fn, has_aux=True)(tuple(inputs))
 
-    expected_value, expected = grad(diffrax.RecursiveCheckpointAdjoint())
-    value, actual = grad(StochasticAdjoint(checkpoint_every=case.checkpoint_every))
+    adjoint = StochasticAdjoint(checkpoint_every=case.checkpoint_every)
+    (value, record), actual = grad(adjoint, None)
+    (expected_value, _), expected = grad(diffrax.RecursiveCheckpointAdjoint(), record)
     assert any(np.any(x != 0) for x in jtu.tree_leaves(expected))
     tol = 1e-9 if case.dtype == jnp.float64 else 1e-4
     np.testing.assert_allclose(value, expected_value, rtol=tol)

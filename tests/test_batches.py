@@ -71,10 +71,20 @@ def test_parameters_shared_over_some_axes(solver):
 def test_no_gradient_for_each_element():
     """The gradient of shared weights is summed in a matrix product."""
     batch, width = 11, 7
-    terms = diffrax.ODETerm(lambda t, y, args: jnp.tanh(args @ y))
+    drift = lambda t, y, args: jnp.tanh(args @ y)
     weight, y0 = jnp.eye(width), jnp.ones((batch, width))
+    path = BrownianInterval(
+        0.0,
+        1.0,
+        struct((), jnp.float64),
+        jr.key(0),
+        levy_area=diffrax.SpaceTimeLevyArea,
+    )
 
     def loss(weight, adjoint, solver):
+        terms = diffrax.ODETerm(drift)
+        if isinstance(solver, diffrax.SPaRK):
+            terms = make_terms(drift, drift, path)
         one = lambda y0: (
             diffrax.diffeqsolve(
                 terms, solver, 0.0, 1.0, 0.1, y0, weight, adjoint=adjoint
@@ -86,7 +96,7 @@ def test_no_gradient_for_each_element():
         program = jax.jit(jax.grad(lambda weight: loss(weight, *args))).lower(weight)
         return set(re.findall(r"tensor<([0-9x]+)xf64>", program.as_text()))
 
-    for solver in (ReversibleHeun(), diffrax.Heun()):
+    for solver in (ReversibleHeun(), diffrax.Heun(), diffrax.SPaRK()):
         ours = shapes(StochasticAdjoint(), solver)
         assert "11x7" in ours
         assert "11x7x7" not in ours

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Inexact, Key, PyTree, UInt32
 # better not.
 _small = 512
 # Into how many parts a draw is split at most to keep arrays small, as each is code that
-# has to be compiled.
+# has to be compiled. More parts than that are a loop.
 _max_parts = 6
 # XLA shares the work on large arrays among cores: the more there is, the better. What
 # is shared costs more than it saves for smaller ones.
@@ -65,9 +65,12 @@ def combine(
     keys: list[Key[Array, " keys"]],
     coefs: list[list[Float[Array, "keys num"]]],
     shape: PyTree[jax.ShapeDtypeStruct],
+    is_rare: bool,
 ) -> list[PyTree[Array]]:
     """The components with the given coefficients of the numbers that keys give, for
     each of several lists of keys. In single precision at least.
+
+    What `is_rare` is kept from slowing down what is around it.
     """
     num = len(coefs[0])
     stacked = [jnp.stack(x, axis=1) for x in coefs]
@@ -76,7 +79,8 @@ def combine(
     sizes = [num * x.size * x.dtype.itemsize for x in jtu.tree_leaves(shape)]
     size = max([1, *sizes])
     at_once = _small // size
-    if _max_parts * at_once < len(keys[0]):
+    num_loops = -(-len(keys[0]) // (_max_parts * max(at_once, 1)))
+    if at_once == 0 or (num_loops > 1 and not is_rare):
         if size >= _large:
             numbers = all_numbers(hash_all(jnp.concatenate(keys)))
             splits = np.cumsum([len(x) for x in keys])[:-1]
@@ -102,7 +106,26 @@ def combine(
                 parts.append(jtu.tree_map(partial(_sum_of_products, some), numbers))
         return jtu.tree_map(lambda *x: sum(x[1:], x[0]), *parts)
 
-    return [combine_in_parts(k, c) for k, c in zip(keys, stacked, strict=True)]
+    def combine_in_loop(keys, coefs):
+        if num_loops == 1:
+            return combine_in_parts(keys, coefs)
+        # The last may have fewer keys than the others.
+        in_loop = -(-len(keys) // num_loops)
+        missing = num_loops * in_loop - len(keys)
+        keys = jnp.concatenate([keys, keys[:missing]])
+        coefs = jnp.concatenate([coefs, jnp.zeros_like(coefs[:missing])])
+
+        def add(i, out):
+            some = [
+                lax.dynamic_slice_in_dim(x, i * in_loop, in_loop) for x in (keys, coefs)
+            ]
+            return jtu.tree_map(jnp.add, out, combine_in_parts(*some))
+
+        dtype = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+        zeros = lambda x: jnp.zeros((num, *x.shape), dtype(x))
+        return lax.fori_loop(0, num_loops, add, jtu.tree_map(zeros, shape))
+
+    return [combine_in_loop(k, c) for k, c in zip(keys, stacked, strict=True)]
 
 
 def _dot(

@@ -47,7 +47,9 @@ def any_query(
     lengths = at_least_single(cells.length(cell))
     scale = jnp.sqrt(lengths)
     coefs_of_ends = [[x[i] * scale[i] for x in coefs] for i in (0, 1)]
-    around = combine(_keys(key, cell, ends, levels), coefs_of_ends, shape)
+    # With cells, most queries are for one of them.
+    is_rare = not isinstance(cells, OneCell)
+    around = combine(_keys(key, cell, ends, levels), coefs_of_ends, shape, is_rare)
     first, last = (
         Increment(dt, x) for dt, x in zip(widths * lengths, around, strict=True)
     )
