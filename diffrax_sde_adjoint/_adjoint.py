@@ -23,6 +23,7 @@ from ._compat import (
     nondifferentiable,
     nondifferentiable_backward,
 )
+from ._controllers import look_into, may_jump
 from ._saves import SaveInputs, get_save_states, get_saved
 from ._solver import ReversibleHeun, is_reversible
 from ._stages import in_forward_mode, without_loops
@@ -74,9 +75,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     field or a `SaveAt(fn=...)` refers to by closure. For ODEs and CDEs also with
     respect to `t0`, `t1`, `dt0` and what is in the step size controller, which costs
     another solve, and its memory, for each number that is differentiated. (Brownian
-    paths have no derivative in time.) That a step size controller looks at the solution
-    to choose a step, or refers to something by closure, is not differentiated; it has
-    no derivative with those of diffrax either.
+    paths have no derivative in time.) How step sizes depend on the solution is not
+    differentiated: with the controllers of diffrax they have no derivative either.
 
     Gradients can be differentiated in forward mode: `jax.hessian` and
     `jax.jvp(jax.grad(...), ...)`.
@@ -92,7 +92,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         - differentiating a solve with `max_steps=None`;
         - differentiating with respect to what is in the solver, or what a control
             refers to by closure;
-        - differentiating with respect to times with a progress meter.
+        - differentiating with respect to times with a progress meter;
+        - differentiating a solve with a step size controller of your own, if what it
+            decides has a derivative with respect to the solution or `args`.
 
     ??? cite "Reference"
 
@@ -153,6 +155,11 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             msg="`adjoint=StochasticAdjoint()` does not differentiate `solver`. "
             f"{_instead}",
         )
+        # With these loops the solver has every derivative.
+        forward_solver = in_forward_mode(solver)
+        stepsize_controller, sees_solution = look_into(
+            stepsize_controller, terms, forward_solver, init_state, args
+        )
         t1, stepsize_controller = distinct((t1, stepsize_controller))
         times = distinct(_get_times(init_state))
         init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
@@ -160,7 +167,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         return self._loop(
             args=args,
             terms=terms,
-            solver=in_forward_mode(solver),
+            solver=forward_solver,
             stepsize_controller=stepsize_controller,
             event=event,
             saveat=saveat,
@@ -178,6 +185,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 stepsize_controller=stepsize_controller,
                 saveat=saveat,
                 times=(t1, stepsize_controller, times),
+                sees_solution=sees_solution,
                 has_progress_meter=type(progress_meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             ),
@@ -198,6 +206,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         stepsize_controller,
         saveat,
         times,
+        sees_solution,
         has_progress_meter,
         throw,
     ) -> State:
@@ -219,7 +228,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 max_steps=max_steps,
                 buffers=buffers,
                 steps_per_page=steps_per_page,
-                may_have_gaps=_may_jump(stepsize_controller, init_state.made_jump),
+                may_have_gaps=init_state.made_jump is not False
+                or may_jump(stepsize_controller),
                 take_snapshots=not is_reversible(solver)
                 or self.checkpoint_every is not None,
             )
@@ -240,7 +250,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             eqx.combine(detached_of_times, loop)(), msg=no_second_derivative
         )
         final_state = with_derivative(
-            Backward([sub.steps for sub in subs], has_progress_meter, throw),
+            Backward(
+                [sub.steps for sub in subs], sees_solution, has_progress_meter, throw
+            ),
             shared,
             own,
             (
@@ -289,19 +301,6 @@ def _default_steps_per_page(solver: diffrax.AbstractSolver, max_steps: int) -> i
     if is_reversible(solver):
         return _steps_per_page
     return max(1, math.ceil(math.sqrt(max_steps)))
-
-
-def _may_jump(controller: diffrax.AbstractStepSizeController, made_jump: Any) -> bool:
-    """Whether a step may start elsewhere than where the one before it ended, or after a
-    jump.
-    """
-    if made_jump is not False:
-        return True
-    if type(controller) is diffrax.ClipStepSizeController:
-        has_jumps = controller.jump_ts is not None
-        return has_jumps or _may_jump(controller.controller, made_jump)
-    never = (diffrax.ConstantStepSize, diffrax.StepTo, diffrax.PIDController)
-    return type(controller) not in never
 
 
 def _get_times(state: State) -> tuple[Any, ...]:

@@ -40,6 +40,7 @@ class Backward(eqx.Module):
     """
 
     steps: list[int]
+    sees_solution: bool
     has_progress_meter: bool
     throw: bool
 
@@ -56,6 +57,14 @@ class Backward(eqx.Module):
                 "to allocate for the times of the steps. Pass a bound as `max_steps`, "
                 "which may be generous: it costs the size of one floating-point number "
                 "a step."
+            )
+        if self.sees_solution:
+            raise ValueError(
+                "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
+                "depend on the solution, as they do with this step size controller. "
+                "Put `jax.lax.stop_gradient` around what it computes from the "
+                "solution, as `diffrax.PIDController` does, or use "
+                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
             )
         diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
         diff_inputs, nondiff_inputs = eqx.partition(save_inputs, perturbed_save_inputs)

@@ -32,6 +32,7 @@ def _neural_sde(vmapped):
     {
         "OU process, ReversibleHeun": lambda: _ou(diffrax.ReversibleHeun()),
         "OU process, Heun": lambda: _ou(diffrax.Heun()),
+        "OU process, SPaRK": lambda: _ou(diffrax.SPaRK()),
         "neural SDE, batched": lambda: _neural_sde(False),
         "neural SDE, vmapped": lambda: _neural_sde(True),
     }.items(),

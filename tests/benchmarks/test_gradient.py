@@ -142,9 +142,6 @@ def test_replay(shape, solver, record_row):
         "float32, µs a step",
         row,
     )
-    if type(solver) is diffrax.SPaRK and shape == (64,):
-        # Its forward solve alone takes as long as this asks of the gradient.
-        pytest.xfail("SPaRK's stages are an array of more than 512 bytes")
     assert default_over_ours >= 25
     if "by hand" in times:
         assert ours <= 1.5 * times["by hand"]

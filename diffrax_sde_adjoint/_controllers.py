@@ -1,0 +1,120 @@
+"""What is assumed of step size controllers: known of diffrax's, and looked up in those
+that users wrote.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._compat import Args, State
+from ._trees import zeros_like
+
+
+_never_jump = (diffrax.ConstantStepSize, diffrax.StepTo, diffrax.PIDController)
+
+
+def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
+    """Whether a step may start elsewhere than where the one before it ended, or after a
+    jump.
+    """
+    if type(controller) is diffrax.ClipStepSizeController:
+        return controller.jump_ts is not None or may_jump(controller.controller)
+    return type(controller) not in _never_jump
+
+
+def _is_diffraxs(controller: diffrax.AbstractStepSizeController) -> bool:
+    if type(controller) is diffrax.ClipStepSizeController:
+        return _is_diffraxs(controller.controller)
+    return type(controller) in _never_jump
+
+
+class _HoistedController(diffrax.AbstractStepSizeController):
+    """`controller`, of which `decide` is the method `adapt_step_size` as a function of
+    the controller too, and of all that this refers to by closure.
+    """
+
+    controller: diffrax.AbstractStepSizeController
+    decide: Callable
+
+    def wrap(self, direction):
+        raise NotImplementedError("A solve has done this by now.")
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        raise NotImplementedError("A solve has done this by now.")
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        times = (t0, t1, error_order, controller_state)
+        return self.decide(self.controller, times, (y0, y1_candidate, args, y_error))
+
+
+def look_into(
+    controller: diffrax.AbstractStepSizeController,
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    state: State,
+    args: Args,
+) -> tuple[diffrax.AbstractStepSizeController, bool]:
+    """`controller`, which refers to no array by closure, and whether what it decides
+    has a derivative with respect to the solution or `args`.
+    """
+    if _is_diffraxs(controller):
+        return controller, False
+    y = state.y
+    _, y_error_struct, *_ = eqx.filter_eval_shape(
+        solver.step,
+        terms,
+        state.tprev,
+        state.tnext,
+        y,
+        args,
+        state.solver_state,
+        state.made_jump,
+    )
+    times = (
+        state.tprev,
+        state.tnext,
+        solver.error_order(terms),
+        state.controller_state,
+    )
+    seen = (y, y, args, zeros_like(y_error_struct))
+
+    def decide(controller, times, seen):
+        t0, t1, error_order, controller_state = times
+        return controller.adapt_step_size(t0, t1, *seen, error_order, controller_state)
+
+    hoisted = eqx.filter_closure_convert(decide, controller, times, seen)
+    return _HoistedController(controller, hoisted), _is_differentiable(
+        lambda seen: hoisted(controller, times, seen), seen
+    )
+
+
+def _is_differentiable(fn: Callable[[Any], Any], x: PyTree[Any]) -> bool:
+    """Whether an output of `fn` has a derivative, as far as JAX can tell without
+    numbers.
+    """
+    has_derivative = []
+
+    @eqx.filter_custom_jvp
+    def watch(out):
+        return out
+
+    @watch.def_jvp
+    def _(primals, tangents):
+        has_derivative.append(len(jtu.tree_leaves(tangents)) > 0)
+        (out,) = primals
+        (tangent_out,) = tangents
+        return out, tangent_out
+
+    def derivative():
+        dynamic, static = eqx.partition(x, eqx.is_inexact_array)
+        inner = lambda x: eqx.filter(watch(fn(eqx.combine(x, static))), eqx.is_array)
+        eqx.filter_jvp(inner, (dynamic,), (zeros_like(dynamic),))
+
+    eqx.filter_eval_shape(derivative)
+    return any(has_derivative)
