@@ -15,11 +15,12 @@ from ._compat import VF, Args, RealScalarLike, Y
 
 
 class _KnownControl(diffrax.AbstractTerm):
-    """A term, of which the control from `t0` to `t1` is known to be `control`."""
+    """A term, of which `term.contr(t0, t1, **kwargs)` is known to be `control`."""
 
     term: diffrax.AbstractTerm
     t0: RealScalarLike
     t1: RealScalarLike
+    kwargs: dict[str, Any]
     control: PyTree[Any]
 
     def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
@@ -27,8 +28,8 @@ class _KnownControl(diffrax.AbstractTerm):
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         # Within one trace, equal times are the same object. If a solver computes them
-        # anew, or wants more than an increment, then there is just nothing to gain.
-        if t0 is self.t0 and t1 is self.t1 and len(kwargs) == 0:
+        # anew, or wants something else, then there is just nothing to gain.
+        if t0 is self.t0 and t1 is self.t1 and kwargs == self.kwargs:
             return self.control
         return self.term.contr(t0, t1, **kwargs)
 
@@ -45,27 +46,45 @@ class _KnownControl(diffrax.AbstractTerm):
 
 
 def evaluate_controls(
-    terms: PyTree[diffrax.AbstractTerm], t0: RealScalarLike, t1: RealScalarLike
+    solver: diffrax.AbstractSolver,
+    terms: PyTree[diffrax.AbstractTerm],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
 ) -> list[PyTree[Any]]:
-    """The control of each term from `t0` to `t1`."""
+    """The control of each term from `t0` to `t1`, in the way that a solver asks."""
     return [
-        term.contr(t0, t1) for term in jtu.tree_leaves(terms, is_leaf=is_single_term)
+        term.contr(t0, t1, **kwargs) for term, kwargs in _with_kwargs(solver, terms)
     ]
 
 
 def with_controls(
+    solver: diffrax.AbstractSolver,
     terms: PyTree[diffrax.AbstractTerm],
     t0: RealScalarLike,
     t1: RealScalarLike,
     controls: list[PyTree[Any]],
 ) -> PyTree[diffrax.AbstractTerm]:
     """`terms`, except that they return `controls` when asked from `t0` to `t1`."""
-    leaves, treedef = jtu.tree_flatten(terms, is_leaf=is_single_term)
     leaves = [
-        _KnownControl(term, t0, t1, control)
-        for term, control in zip(leaves, controls, strict=True)
+        _KnownControl(term, t0, t1, kwargs, control)
+        for (term, kwargs), control in zip(
+            _with_kwargs(solver, terms), controls, strict=True
+        )
     ]
+    treedef = jtu.tree_structure(terms, is_leaf=is_single_term)
     return jtu.tree_unflatten(treedef, leaves)
+
+
+def _with_kwargs(
+    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm]
+) -> list[tuple[diffrax.AbstractTerm, dict[str, Any]]]:
+    leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    is_kwargs = lambda x: isinstance(x, dict)
+    kwargs = jtu.tree_leaves(solver.term_compatible_contr_kwargs, is_leaf=is_kwargs)
+    if len(kwargs) != len(leaves):
+        # The solver does not look into a `MultiTerm`.
+        kwargs = [{} for _ in leaves]
+    return list(zip(leaves, kwargs, strict=True))
 
 
 def is_single_term(x: Any) -> bool:

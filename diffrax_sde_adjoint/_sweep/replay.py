@@ -20,13 +20,13 @@ _T = TypeVar("_T")
 
 
 def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
-    """Makes the steps of a page again from its snapshot, and keeps their states to go
-    back through them.
+    """Makes the steps of a page again from its snapshot, and keeps the states that they
+    start at, and their controls, to go back through them.
     """
     num_steps = maximum(page.num_steps, sweep.axes)
 
     def once(fn: Callable[[Step, _T], _T], step: Step, x: _T) -> _T:
-        """`fn(step, x)`, apart from the array of all states, which is large: see
+        """`fn(step, x)`, apart from the arrays of all states, which are large: see
         `_tape.py`.
         """
         times, others = eqx.partition(step, eqx.is_array)
@@ -40,23 +40,32 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         _, x = lax.fori_loop(0, jnp.minimum(num_steps, 1), body, (times, x))
         return x
 
+    length = sweep.tape.steps_per_page
+    assert page.snapshot is not None
+    _, no_controls = zeros_like(
+        eqx.filter_eval_shape(sweep.step, page.step(jnp.array(0), True), page.snapshot)
+    )
+
     def make_step(val):
-        k, state, kept = val
+        k, state0, kept = val
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
-        step = page.step(jnp.minimum(k, last), True)
-        state = once(sweep.step, step, state)
+        state1, controls = once(
+            lambda step, val: sweep.step(step, val[0]),
+            page.step(jnp.minimum(k, last), True),
+            (state0, no_controls),
+        )
         # The new tree goes first, as buffers are trees themselves.
-        kept = jtu.tree_map(lambda x, xs: xs.at[k + 1].set(x), state, kept)
-        return k + 1, state, kept
+        kept = jtu.tree_map(lambda x, xs: xs.at[k].set(x), (state0, controls), kept)
+        return k + 1, state1, kept
 
-    length = sweep.tape.steps_per_page
-    start = page.snapshot
-    kept = jtu.tree_map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), start)
+    kept = jtu.tree_map(
+        lambda x: jnp.broadcast_to(x, (length, *x.shape)), (page.snapshot, no_controls)
+    )
     _, _, kept = while_loop(
-        lambda val: val[0] < num_steps - 1,
+        lambda val: val[0] < num_steps,
         make_step,
-        (jnp.array(0), start, kept),
+        (jnp.array(0), page.snapshot, kept),
         buffers=lambda val: val[2],
         kind="lax",
     )
@@ -64,13 +73,14 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     def undo_step(
         k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
     ) -> SweepState:
-        step = page.step(k, is_made)
-        state0 = jtu.tree_map(lambda x: x[k], kept)
-        _, carry = once(
-            lambda step, val: (val[0], sweep.pull_back(step, *val, None)[0]),
-            step,
-            (state0, carry),
-        )
+        def undo(step, val):
+            carry, state0, controls = val
+            _, pull_back_controls = sweep.controls(step)
+            carry = sweep.pull_back(step, state0, carry, controls, pull_back_controls)
+            return carry, state0, controls
+
+        state0, controls = jtu.tree_map(lambda x: x[k], kept)
+        carry, *_ = once(undo, page.step(k, is_made), (carry, state0, controls))
         return carry
 
     return sweep.backwards(page.num_steps, undo_step, carry)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._batching import Axes, maximum, vjp, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
-from .._controls import with_controls
+from .._controls import evaluate_controls, with_controls
 from .._guard import Drift
 from .._saves import Position, Saved, SaveInputs
 from .._stages import in_forward_mode
@@ -131,28 +131,43 @@ class Sweep(eqx.Module):
 
         return lax.fori_loop(0, maximum(num, self.axes), body, carry)
 
-    def step(self, step: Step, state: SolveState) -> SolveState:
-        """Makes a step."""
+    def step(
+        self, step: Step, state: SolveState
+    ) -> tuple[SolveState, list[PyTree[Any]]]:
+        """Makes a step. Also returns its controls."""
         solver = in_forward_mode(self.solver)
+        controls = evaluate_controls(solver, self.terms, step.t0, step.t1)
         y1, _, solver_state1 = _make_step(
             (self.diff_terms, self.diff_inputs.args),
-            (state, None),
+            (state, controls),
             (self.nondiff_terms, self.saved.inputs.args, solver, step),
         )
-        return SolveState(y1, solver_state1)
+        return SolveState(y1, solver_state1), controls
+
+    def controls(
+        self, step: Step
+    ) -> tuple[list[PyTree[Any]], Callable[[Any], PyTree[Array | None]]]:
+        """The controls of a step, and what pulls their cotangents back to those of the
+        terms.
+        """
+        controls, pull_back = vjp(
+            _evaluate_controls,
+            self.axes,
+            self.diff_terms,
+            None,
+            (self.nondiff_terms, self.solver, step),
+        )
+        return controls, lambda grad_controls: pull_back(grad_controls)[0]
 
     def pull_back(
         self,
         step: Step,
         state0: SolveState,
         carry: SweepState,
-        controls: list[PyTree[Any]] | None,
-    ) -> tuple[SweepState, list[PyTree[Array | None]] | None]:
-        """Pulls the cotangents back through a step that started at `state0`.
-
-        If they are known, the `controls` of the step are not evaluated again, and their
-        cotangent is returned as well.
-        """
+        controls: list[PyTree[Any]],
+        pull_back_controls: Callable[[Any], PyTree[Array | None]],
+    ) -> SweepState:
+        """Pulls the cotangents back through a step that started at `state0`."""
         (_, dense_info, _), pull_back = vjp(
             _make_step,
             self.axes,
@@ -171,11 +186,13 @@ class Sweep(eqx.Module):
         grads = Cotangents(
             grad_state0.y,
             grad_state0.solver_state,
-            add_where_given(grads.terms, grad_terms),
+            add_where_given(
+                add_where_given(grads.terms, grad_terms),
+                pull_back_controls(grad_controls),
+            ),
             add_grad_args(grad_inputs, grad_args),
         )
-        carry = SweepState(state0, step.t0, positions, grads, carry.drift, carry.result)
-        return carry, grad_controls
+        return SweepState(state0, step.t0, positions, grads, carry.drift, carry.result)
 
     def add_grad_saved(
         self, step: Step, dense_info: DenseInfo, carry: SweepState
@@ -209,8 +226,7 @@ def _make_step(shared, own, others):
     state0, controls = own
     nondiff_terms, nondiff_args, solver, step = others
     terms = eqx.combine(diff_terms, nondiff_terms)
-    if controls is not None:
-        terms = with_controls(terms, step.t0, step.t1, controls)
+    terms = with_controls(solver, terms, step.t0, step.t1, controls)
     y1, _, dense_info, solver_state1, _ = solver.step(
         terms,
         step.t0,
@@ -221,6 +237,13 @@ def _make_step(shared, own, others):
         step.made_jump,
     )
     return y1, dense_info, solver_state1
+
+
+def _evaluate_controls(diff_terms, own, others):
+    del own
+    nondiff_terms, solver, step = others
+    terms = eqx.combine(diff_terms, nondiff_terms)
+    return evaluate_controls(solver, terms, step.t0, step.t1)
 
 
 def add_grad_args(grad_inputs: SaveInputs, grad_args: PyTree[Any]) -> SaveInputs:
