@@ -15,12 +15,11 @@ from ._compat import VF, Args, RealScalarLike, Y
 
 
 class _KnownControl(diffrax.AbstractTerm):
-    """A term, of which `term.contr(t0, t1, **kwargs)` is known to be `control`."""
+    """A term, of which the control from `t0` to `t1` is known to be `control`."""
 
     term: diffrax.AbstractTerm
     t0: RealScalarLike
     t1: RealScalarLike
-    kwargs: dict[str, Any]
     control: PyTree[Any]
 
     def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
@@ -28,8 +27,8 @@ class _KnownControl(diffrax.AbstractTerm):
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         # Within one trace, equal times are the same object. If a solver computes them
-        # anew, or wants something else, then there is just nothing to gain.
-        if t0 is self.t0 and t1 is self.t1 and kwargs == self.kwargs:
+        # anew, or wants more than an increment, then there is just nothing to gain.
+        if t0 is self.t0 and t1 is self.t1 and len(kwargs) == 0:
             return self.control
         return self.term.contr(t0, t1, **kwargs)
 
@@ -51,40 +50,34 @@ def evaluate_controls(
     t0: RealScalarLike,
     t1: RealScalarLike,
 ) -> list[PyTree[Any]]:
-    """The control of each term from `t0` to `t1`, in the way that a solver asks."""
-    return [
-        term.contr(t0, t1, **kwargs) for term, kwargs in _with_kwargs(solver, terms)
-    ]
-
-
-def with_controls(
-    solver: diffrax.AbstractSolver,
-    terms: PyTree[diffrax.AbstractTerm],
-    t0: RealScalarLike,
-    t1: RealScalarLike,
-    controls: list[PyTree[Any]],
-) -> PyTree[diffrax.AbstractTerm]:
-    """`terms`, except that they return `controls` when asked from `t0` to `t1`."""
-    leaves = [
-        _KnownControl(term, t0, t1, kwargs, control)
-        for (term, kwargs), control in zip(
-            _with_kwargs(solver, terms), controls, strict=True
-        )
-    ]
-    treedef = jtu.tree_structure(terms, is_leaf=is_single_term)
-    return jtu.tree_unflatten(treedef, leaves)
-
-
-def _with_kwargs(
-    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm]
-) -> list[tuple[diffrax.AbstractTerm, dict[str, Any]]]:
+    """The control of each term from `t0` to `t1`; `None` if it is not an increment that
+    the solver will ask for.
+    """
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     is_kwargs = lambda x: isinstance(x, dict)
     kwargs = jtu.tree_leaves(solver.term_compatible_contr_kwargs, is_leaf=is_kwargs)
     if len(kwargs) != len(leaves):
         # The solver does not look into a `MultiTerm`.
         kwargs = [{} for _ in leaves]
-    return list(zip(leaves, kwargs, strict=True))
+    return [
+        term.contr(t0, t1) if len(x) == 0 else None
+        for term, x in zip(leaves, kwargs, strict=True)
+    ]
+
+
+def with_controls(
+    terms: PyTree[diffrax.AbstractTerm],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    controls: list[PyTree[Any]],
+) -> PyTree[diffrax.AbstractTerm]:
+    """`terms`, except that they return `controls` when asked from `t0` to `t1`."""
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=is_single_term)
+    leaves = [
+        term if control is None else _KnownControl(term, t0, t1, control)
+        for term, control in zip(leaves, controls, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, leaves)
 
 
 def is_single_term(x: Any) -> bool:

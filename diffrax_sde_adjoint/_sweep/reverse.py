@@ -22,7 +22,7 @@ def reverse(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         step = page.step(k, is_made)
         controls, pull_back_controls = sweep.controls(step)
         y0, _, solver_state0, result = solver.backward_step(
-            with_controls(solver, sweep.terms, step.t0, step.t1, controls),
+            with_controls(sweep.terms, step.t0, step.t1, controls),
             step.t0,
             step.t1,
             carry.state.y,

@@ -226,7 +226,7 @@ def _make_step(shared, own, others):
     state0, controls = own
     nondiff_terms, nondiff_args, solver, step = others
     terms = eqx.combine(diff_terms, nondiff_terms)
-    terms = with_controls(solver, terms, step.t0, step.t1, controls)
+    terms = with_controls(terms, step.t0, step.t1, controls)
     y1, _, dense_info, solver_state1, _ = solver.step(
         terms,
         step.t0,
