@@ -57,8 +57,12 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     - *Making its steps again*, with any other solver. The forward solve keeps its state
         every `checkpoint_every` steps; from there the steps in between are made again,
         and their states kept for as long as they are needed. This holds
-        `max_steps / checkpoint_every + checkpoint_every` states. Going back through a
-        step costs making it and one VJP of it.
+        `max_steps / checkpoint_every + checkpoint_every` states, and the noise of
+        `checkpoint_every` steps. Going back through a step costs making it and one VJP
+        of it.
+
+    The stages of diffrax's stochastic Runge-Kutta methods are written out, which is
+    faster than their loop. Solutions are the same up to rounding.
 
     Brownian paths have to give the same value when queried again, as
     [`diffrax_sde_adjoint.BrownianInterval`][] does.

@@ -6,6 +6,7 @@ that is being traced (by `jit`, `vmap` or `grad`), it is replaced by one that ha
 array as a part of itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -13,6 +14,7 @@ import equinox as eqx
 import jax.core
 import jax.extend as jex
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._compat import (
@@ -27,24 +29,41 @@ from ._compat import (
 from ._controls import is_single_term
 
 
-class _HoistedTerm(diffrax.AbstractTerm):
-    """`term`, with its vector field as a function of all that it depends on: `closure`,
-    time, and the arrays in `term`, `y` and `args`.
+class Hoisted(eqx.Module):
+    """A function that refers to arrays by closure, as one that has them as a part. It
+    is to be called with arrays where it was with arrays before; whatever else is among
+    its arguments is taken to be the same.
     """
 
-    term: diffrax.AbstractTerm
-    closure: list[Array]
+    closure: list[Array | np.ndarray]
     jaxpr: Any = eqx.field(static=True)
     out_struct: PyTree = eqx.field(static=True)
 
-    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
-        arrays = jtu.tree_leaves(eqx.filter((self.term, t, y, args), eqx.is_array))
+    def __call__(self, *args: Any) -> Any:
+        arrays = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
         closed_jaxpr = jex.core.ClosedJaxpr(self.jaxpr, self.closure)
         out = jex.core.jaxpr_as_fun(closed_jaxpr)(*arrays)
         dynamic, static = self.out_struct
         leaves, treedef = jtu.tree_flatten(dynamic)
         assert len(leaves) == len(out)
         return eqx.combine(jtu.tree_unflatten(treedef, out), static)
+
+
+def hoist(fn: Callable, *args: Any) -> Hoisted:
+    closed_jaxpr, *out_struct = eqx.filter_make_jaxpr(fn)(*args)
+    return Hoisted(closed_jaxpr.consts, closed_jaxpr.jaxpr, tuple(out_struct))
+
+
+class _HoistedTerm(diffrax.AbstractTerm):
+    """`term`, with its vector field as a function of all that it depends on: `term`
+    itself, time, `y` and `args`.
+    """
+
+    term: diffrax.AbstractTerm
+    hoisted_vf: Hoisted
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return self.hoisted_vf(self.term, t, y, args)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         return self.term.contr(t0, t1, **kwargs)
@@ -63,10 +82,9 @@ def hoist_closures(
 ) -> PyTree[diffrax.AbstractTerm]:
     """`terms`, none of whose vector fields refers to a traced array by closure."""
 
-    def hoist(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
-        vf = lambda term, t, y, args: term.vf(t, y, args)
-        closed_jaxpr, *out_struct = eqx.filter_make_jaxpr(vf)(term, t, y, args)
-        closure = closed_jaxpr.consts
+    def hoist_vf(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
+        hoisted_vf = hoist(lambda term, *x: term.vf(*x), term, t, y, args)
+        closure = hoisted_vf.closure
 
         def product(term, t, y, args):
             control = term.contr(t, t)
@@ -84,9 +102,9 @@ def hoist_closures(
                 "part of `grad_f`, as an `equinox.Module` or `jax.tree_util.Partial`, "
                 "or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
             )
-        return _HoistedTerm(term, closure, closed_jaxpr.jaxpr, tuple(out_struct))
+        return _HoistedTerm(term, hoisted_vf)
 
-    return jtu.tree_map(hoist, terms, is_leaf=is_single_term)
+    return jtu.tree_map(hoist_vf, terms, is_leaf=is_single_term)
 
 
 def _check_controls(of_vector_field: set[int], everything: list[Any]) -> None:
@@ -107,12 +125,12 @@ def hoist_save_fns(
 ) -> diffrax.SaveAt:
     """`saveat`, none of whose functions refers to an array by closure."""
 
-    def hoist(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
+    def hoist_fn(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
         if sub.fn is save_y:
             return sub
         fn = eqx.filter_closure_convert(sub.fn, t, y, args)
         return eqx.tree_at(lambda s: s.fn, sub, fn)
 
     is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
-    subs = jtu.tree_map(hoist, saveat.subs, is_leaf=is_subsaveat)
+    subs = jtu.tree_map(hoist_fn, saveat.subs, is_leaf=is_subsaveat)
     return eqx.tree_at(lambda s: s.subs, saveat, subs)

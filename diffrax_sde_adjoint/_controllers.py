@@ -7,9 +7,11 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._closures import Hoisted, hoist
 from ._compat import Args, State
 from ._trees import zeros_like
 
@@ -38,7 +40,7 @@ class _HoistedController(diffrax.AbstractStepSizeController):
     """
 
     controller: diffrax.AbstractStepSizeController
-    decide: Callable
+    decide: Hoisted
 
     def wrap(self, direction):
         raise NotImplementedError("A solve has done this by now.")
@@ -49,7 +51,7 @@ class _HoistedController(diffrax.AbstractStepSizeController):
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
-        times = (t0, t1, error_order, controller_state)
+        times = (t0, t1, error_order, _as_arrays(controller_state))
         return self.decide(self.controller, times, (y0, y1_candidate, args, y_error))
 
 
@@ -80,7 +82,7 @@ def look_into(
         state.tprev,
         state.tnext,
         solver.error_order(terms),
-        state.controller_state,
+        _as_arrays(state.controller_state),
     )
     seen = (y, y, args, zeros_like(y_error_struct))
 
@@ -88,9 +90,16 @@ def look_into(
         t0, t1, error_order, controller_state = times
         return controller.adapt_step_size(t0, t1, *seen, error_order, controller_state)
 
-    hoisted = eqx.filter_closure_convert(decide, controller, times, seen)
+    hoisted = hoist(decide, controller, times, seen)
     return _HoistedController(controller, hoisted), _is_differentiable(
         lambda seen: hoisted(controller, times, seen), seen
+    )
+
+
+def _as_arrays(controller_state: PyTree[Any]) -> PyTree[Any]:
+    # diffrax's loop makes arrays of some of the numbers that it starts with.
+    return jtu.tree_map(
+        lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, controller_state
     )
 
 

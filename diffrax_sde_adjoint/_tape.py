@@ -119,13 +119,13 @@ def loop_and_record(
     record.
     """
     num_pages = max(1, math.ceil(max_steps / steps_per_page))
-    # Not zeros: in a batch, times are read here for elements that made no steps.
+    # Not zeros: in a batch, a step is made from here for elements that made none.
     full = lambda *shape: jnp.full(shape, init_state.tprev)
     init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
     init_ends = full(num_pages, steps_per_page + 1)
     get_snapshot = lambda s: SolveState(s.y, s.solver_state) if take_snapshots else None
     init_snapshots = jtu.tree_map(
-        lambda x: jnp.zeros((num_pages, *jnp.shape(x)), jnp.result_type(x)),
+        lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),
         get_snapshot(init_state),
     )
 

@@ -156,3 +156,29 @@ def test_vector_field_that_is_not_defined_everywhere(solver):
     ours = gradient(jnp.array(1.0), StochasticAdjoint())
     theirs = gradient(jnp.array(1.0), diffrax.RecursiveCheckpointAdjoint())
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("solver", (ReversibleHeun(), diffrax.Heun()))
+def test_element_without_steps(solver):
+    """The sweep of the others does not take it to where nothing is defined."""
+
+    def loss(rate, adjoint):
+        def one(t1):
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, rate: rate * jnp.sqrt(y)),
+                solver,
+                0.0,
+                t1,
+                0.25,
+                0.5 * rate,
+                rate,
+                saveat=diffrax.SaveAt(t0=True, t1=True),
+                adjoint=adjoint,
+            ).ys
+
+        return jnp.sum(jax.vmap(one)(jnp.array([0.0, 1.0])))
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    ours = gradient(jnp.array(1.3), StochasticAdjoint())
+    theirs = gradient(jnp.array(1.3), diffrax.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)

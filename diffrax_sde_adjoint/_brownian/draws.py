@@ -121,8 +121,7 @@ def combine(
             ]
             return jtu.tree_map(jnp.add, out, combine_in_parts(*some))
 
-        dtype = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-        zeros = lambda x: jnp.zeros((num, *x.shape), dtype(x))
+        zeros = lambda x: at_least_single(jnp.zeros((num, *x.shape), x.dtype))
         return lax.fori_loop(0, num_loops, add, jtu.tree_map(zeros, shape))
 
     return [combine_in_loop(k, c) for k, c in zip(keys, stacked, strict=True)]
