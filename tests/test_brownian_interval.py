@@ -444,6 +444,20 @@ def test_derivatives_are_errors():
     assert all(np.all(x == 0) for x in jtu.tree_leaves(grads))
 
 
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("size", (40, 60, 100, 200))
+def test_sizes(size, dtype):
+    """By which numbers are drawn all at once, in parts, or in a loop of parts."""
+    array = lambda *x: jnp.array(x, dtype)
+    t0, t1, dt = array(0, 1, 0.1)
+    path = BrownianInterval(t0, t1, struct((size,), dtype), jr.key(0), dt=dt)
+    starts, ends = array(0.03, 0.07, 0.03), array(0.07, 0.33, 0.33)
+    first, second, both = jax.vmap(path.evaluate)(starts, ends)
+    np.testing.assert_allclose(first + second, both, atol=20 * jnp.finfo(dtype).eps)
+    assert both.dtype == dtype
+    assert 0.2 < jnp.std(both) < 0.9
+
+
 @pytest.mark.parametrize("dt", (0.3, 0.25))
 def test_solves_in_both_directions_see_one_path(dt):
     """Also where `dt` does not divide the interval, so that steps backwards are not
