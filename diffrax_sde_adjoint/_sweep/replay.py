@@ -42,9 +42,10 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
 
     length = sweep.tape.steps_per_page
     assert page.snapshot is not None
-    _, no_controls = zeros_like(
-        eqx.filter_eval_shape(sweep.step, page.step(jnp.array(0), True), page.snapshot)
+    _, controls_struct = eqx.filter_eval_shape(
+        sweep.step, page.step(jnp.array(0), True), page.snapshot
     )
+    no_controls = zeros_like(controls_struct)
 
     def make_step(val):
         k, state0, kept = val
