@@ -453,7 +453,9 @@ def test_sizes(size, dtype):
     path = BrownianInterval(t0, t1, struct((size,), dtype), jr.key(0), dt=dt)
     starts, ends = array(0.03, 0.07, 0.03), array(0.07, 0.33, 0.33)
     first, second, both = jax.vmap(path.evaluate)(starts, ends)
-    np.testing.assert_allclose(first + second, both, atol=20 * jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        first + second, both, atol=20 * float(jnp.finfo(dtype).eps)
+    )
     assert both.dtype == dtype
     assert 0.2 < jnp.std(both) < 0.9
 
