@@ -16,22 +16,35 @@ from ._compat import Args, State
 from ._trees import zeros_like
 
 
-_never_jump = (diffrax.ConstantStepSize, diffrax.StepTo, diffrax.PIDController)
+_known = (
+    diffrax.ConstantStepSize,
+    diffrax.StepTo,
+    diffrax.PIDController,
+    diffrax.ClipStepSizeController,
+)
+
+
+def _parts(
+    controller: diffrax.AbstractStepSizeController,
+) -> list[diffrax.AbstractStepSizeController]:
+    """`controller`, and those that it is wrapped around."""
+    if type(controller) is diffrax.ClipStepSizeController:
+        return [controller, *_parts(controller.controller)]
+    return [controller]
+
+
+def _is_known(controller: diffrax.AbstractStepSizeController) -> bool:
+    return all(type(x) in _known for x in _parts(controller))
 
 
 def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
     """Whether a step may start elsewhere than where the one before it ended, or after a
     jump.
     """
-    if type(controller) is diffrax.ClipStepSizeController:
-        return controller.jump_ts is not None or may_jump(controller.controller)
-    return type(controller) not in _never_jump
-
-
-def _is_diffraxs(controller: diffrax.AbstractStepSizeController) -> bool:
-    if type(controller) is diffrax.ClipStepSizeController:
-        return _is_diffraxs(controller.controller)
-    return type(controller) in _never_jump
+    return not _is_known(controller) or any(
+        isinstance(x, diffrax.ClipStepSizeController) and x.jump_ts is not None
+        for x in _parts(controller)
+    )
 
 
 class _HoistedController(diffrax.AbstractStepSizeController):
@@ -43,10 +56,10 @@ class _HoistedController(diffrax.AbstractStepSizeController):
     decide: Hoisted
 
     def wrap(self, direction):
-        raise NotImplementedError("A solve has done this by now.")
+        return type(self)(self.controller.wrap(direction), self.decide)
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        raise NotImplementedError("A solve has done this by now.")
+        return self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -65,7 +78,7 @@ def look_into(
     """`controller`, which refers to no array by closure, and whether what it decides
     has a derivative with respect to the solution or `args`.
     """
-    if _is_diffraxs(controller):
+    if _is_known(controller):
         return controller, False
     y = state.y
     _, y_error_struct, *_ = eqx.filter_eval_shape(
