@@ -4,8 +4,15 @@ import importlib.metadata
 
 from ._adjoint import StochasticAdjoint as StochasticAdjoint
 from ._brownian import BrownianInterval as BrownianInterval
+from ._ito import (
+    ito_to_stratonovich as ito_to_stratonovich,
+    stratonovich_to_ito as stratonovich_to_ito,
+)
 from ._solver import (
+    EES25 as EES25,
+    EES27 as EES27,
     AbstractReversibleSolver as AbstractReversibleSolver,
+    Reversible as Reversible,
     ReversibleHeun as ReversibleHeun,
 )
 

@@ -72,7 +72,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     the cube root of the unit of rounding (6e-6 in float64, 5e-3 in float32, relative to
     the size of the outputs times their cotangents), then this is an error; or, with
     `diffeqsolve(..., throw=False)`, the gradient is NaN. With `checkpoint_every`, this
-    starts anew from every state that was kept.
+    starts anew from every state that was kept. Near-exact solvers, such as
+    [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too.
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector

@@ -113,6 +113,7 @@ class Backward(eqx.Module):
                     [grad for _, grad, is_y in saved_ys if not is_y],
                     get_dense_infos(grad_final_state),
                 ),
+                is_reversible(solver) and solver.is_near_exact,
             ),
             diffrax.RESULTS.successful,
         )

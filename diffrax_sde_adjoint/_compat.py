@@ -16,9 +16,11 @@ from diffrax._custom_types import (
     Y as Y,
 )
 
-# Whether the terms hold an `UnsafeBrownianPath`, whose noise differs from one call to
-# the next at equal times up to rounding: the sweep would see another path.
-from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
+# Whether the terms hold a Brownian path, by which diffrax too decides that a solver has
+# to be one for SDEs; and whether this is an `UnsafeBrownianPath`, whose noise differs
+# from one call to the next at equal times up to rounding: the sweep would see another
+# path.
+from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 
 # The state of diffrax's integration loop, and of what it saves. The saved outputs are
 # where the cotangents of a solve arrive, and counters say how many steps were made and

@@ -16,9 +16,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 
-# In solves of OU processes over various horizons, gradients are more accurate than this
-# tolerance wherever it is met, and lose their last digits soon after it is not.
+# In solves of OU processes over various horizons, gradients are more accurate than the
+# cube root of the unit of rounding wherever it is met, and lose their last digits soon
+# after it is not. What a near-exact solver is held to is that of single precision.
 _root = 1 / 3
+_near_exact_eps = float(jnp.finfo(jnp.float32).eps)
 
 did_not_return = (
     "`adjoint=StochasticAdjoint()` could not undo the steps of the solve: going back "
@@ -49,6 +51,7 @@ class Drift(eqx.Module):
         grad_ys: list[PyTree[Array]],
         others: PyTree[Array],
         grad_others: PyTree[Array | None],
+        is_near_exact: bool,
     ) -> "Drift":
         """At the end of the solve. `grad_ys` are the cotangents of the solution, where
         it is an output. Then its size is its largest entry at any time of the forward
@@ -66,6 +69,8 @@ class Drift(eqx.Module):
         products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
         other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(largest_y)]
+        if is_near_exact:
+            eps.append(_near_exact_eps)
         return Drift(
             jnp.zeros((), jnp.result_type(float)),
             _total((products, other_products)),
@@ -84,8 +89,8 @@ class Drift(eqx.Module):
         return eqx.tree_at(lambda drift: drift.worth, self, self.worth + _total(more))
 
     def is_too_large(self) -> Bool[Array, ""]:
-        """Whether gradients are wrong: by more than the cube root of the unit of
-        rounding. NaNs are let pass: they speak for themselves.
+        """Whether gradients are wrong, by more than what is tolerated. NaNs are let
+        pass: they speak for themselves.
         """
         return self.worth > self.eps**_root * self.scale
 

@@ -44,6 +44,15 @@ def test_is_unsafe_sde():
     )
 
 
+def test_is_sde():
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 0.1, (), jr.key(0))
+    ode = diffrax.ODETerm(lambda t, y, args: y)
+    sde = diffrax.ControlTerm(lambda t, y, args: y, path)
+    assert [compat.is_sde(x) for x in (ode, sde)] == [False, True], (
+        "diffrax's `_heuristics.is_sde` no longer finds Brownian paths."
+    )
+
+
 def test_state():
     fields = {field.name for field in dataclasses.fields(compat.State)}
     needed = {

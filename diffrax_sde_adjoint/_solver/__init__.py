@@ -2,6 +2,9 @@ from .base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     is_reversible as is_reversible,
 )
+from .ees25 import EES25 as EES25
+from .ees27 import EES27 as EES27
+from .reversible import Reversible as Reversible
 from .reversible_heun import (
     ReversibleHeun as ReversibleHeun,
     sums_leaf_by_leaf as sums_leaf_by_leaf,

@@ -1,7 +1,7 @@
 """The interface of a solver whose steps can be undone."""
 
 import abc
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import diffrax
 from jaxtyping import PyTree
@@ -27,8 +27,12 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
     )
     ```
     then `(y0_, state0_)` should equal `(y0, state0)` up to rounding, as gradients are
-    evaluated at `(y0_, state0_)`.
+    evaluated at `(y0_, state0_)`. A solver for which it does up to a small error of its
+    own may say so with `is_near_exact = True`: then the adjoint tolerates the error to
+    be worth 5e-3 of the loss, also in double precision.
     """
+
+    is_near_exact: ClassVar[bool] = False
 
     @abc.abstractmethod
     def backward_step(

@@ -23,13 +23,12 @@ which is what `can_stagger` checks.
 """
 
 import equinox as eqx
-import jax
-import jax.extend as jex
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
 
 from .._batching import vjp, where_active
 from .._compat import VF, Y, save_y
+from .._dependence import depends_on
 from .._solver import ReversibleHeun, sums_leaf_by_leaf
 from .._tape import Page, SolveState
 from .._trees import add_where_given, zeros_like
@@ -65,13 +64,7 @@ def _has_differentiable_control(sweep: Sweep, vf: VF) -> bool:
         control = terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
         return control, terms.prod(vf, control)
 
-    jaxpr = jax.make_jaxpr(product)(sweep.diff_terms).jaxpr
-    dependent = set(jaxpr.invars)
-    is_dependent = lambda x: isinstance(x, jex.core.Var) and x in dependent
-    for equation in jaxpr.eqns:
-        if any(map(is_dependent, equation.invars)):
-            dependent.update(equation.outvars)
-    return any(map(is_dependent, jaxpr.outvars))
+    return depends_on(product, sweep.diff_terms)
 
 
 def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
