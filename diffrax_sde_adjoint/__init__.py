@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from ._adjoint import StochasticAdjoint as StochasticAdjoint
+from ._backward_sde import BackwardSDE as BackwardSDE
 from ._brownian import BrownianInterval as BrownianInterval
 from ._ito import (
     ito_to_stratonovich as ito_to_stratonovich,

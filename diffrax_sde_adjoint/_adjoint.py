@@ -15,6 +15,14 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._backward import Backward, no_second_derivative
+from ._backward_sde import (
+    BackwardSDE,
+    SolveBackwards,
+    look_at,
+    make_numerics,
+    no_numerics,
+    no_solver_state,
+)
 from ._batching import detach, with_derivative
 from ._closures import hoist_closures, hoist_save_fns
 from ._compat import (
@@ -114,6 +122,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     """
 
     checkpoint_every: int | None = eqx.field(static=True, default=None)
+    backward: BackwardSDE | None = None
 
     def __check_init__(self):
         num = self.checkpoint_every
@@ -142,7 +151,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> tuple[State, Any]:
-        del passed_solver_state, passed_controller_state
+        del passed_controller_state
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, "
@@ -152,6 +161,20 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         if type(solver) is diffrax.ReversibleHeun:
             solver = ReversibleHeun()
         solver = without_loops(solver)
+        if self.backward is None:
+            way_back = None
+        else:
+            kind = look_at(solver, terms, saveat, event, init_state.y)
+            numerics = make_numerics(
+                self.backward, kind, solver, terms, stepsize_controller, dt0, max_steps
+            )
+            way_back = (kind, nondifferentiable(numerics, msg=no_numerics))
+            if passed_solver_state:
+                init_state = eqx.tree_at(
+                    lambda s: s.solver_state,
+                    init_state,
+                    nondifferentiable(init_state.solver_state, msg=no_solver_state),
+                )
         terms = hoist_closures(terms, t0, init_state.y, args)
         saveat = hoist_save_fns(saveat, t0, init_state.y, args)
 
@@ -187,6 +210,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 args=args,
                 terms=terms,
                 solver=solver,
+                way_back=way_back,
                 stepsize_controller=stepsize_controller,
                 saveat=saveat,
                 times=(t1, stepsize_controller, times),
@@ -208,6 +232,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         args,
         terms,
         solver,
+        way_back,
         stepsize_controller,
         saveat,
         times,
@@ -218,9 +243,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
 
         def run(init_state):
-            if max_steps is None:
+            needs_no_tape = way_back is not None and self.checkpoint_every is None
+            if max_steps is None or needs_no_tape:
                 final_state = plain_while_loop(
-                    cond_fun, body_fun, init_state, max_steps=None, buffers=buffers
+                    cond_fun, body_fun, init_state, max_steps=max_steps, buffers=buffers
                 )
                 return final_state, None
             steps_per_page = self.checkpoint_every
@@ -254,20 +280,26 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         final_state, tape = nondifferentiable_backward(
             eqx.combine(detached_of_times, loop)(), msg=no_second_derivative
         )
-        final_state = with_derivative(
-            Backward(
+        num_saved = [x.save_index for x in get_save_states(init_state)]
+        if way_back is None:
+            rule = Backward(
                 [sub.steps for sub in subs], sees_solution, has_progress_meter, throw
-            ),
-            shared,
-            own,
-            (
-                tape,
-                [x.save_index for x in get_save_states(init_state)],
-                loop,
-                solver,
-            ),
-            final_state,
-        )
+            )
+            residuals = (tape, num_saved, loop, solver)
+        else:
+            kind, numerics = way_back
+            rule = SolveBackwards(kind, throw)
+            residuals = (tape, num_saved, (init_state.tprev, numerics))
+        final_state = with_derivative(rule, shared, own, residuals, final_state)
+        if way_back is not None:
+            final_state = eqx.tree_at(
+                lambda s: s.solver_state,
+                final_state,
+                nondifferentiable_backward(
+                    final_state.solver_state, msg=no_solver_state, symbolic=False
+                ),
+                is_leaf=_is_none,
+            )
         return eqx.tree_at(
             lambda s: s.controller_state,
             final_state,
@@ -286,7 +318,11 @@ StochasticAdjoint.__init__.__doc__ = """**Arguments:**
 - `checkpoint_every`: keep the state of the solve every so many accepted steps. With a
     solver whose steps can be undone, this bounds for how long rounding errors can grow;
     by default nothing is kept. With other solvers every value takes the same time; by
-    default it is the square root of `max_steps`, which takes the least memory.
+    default it is the square root of `max_steps`, which takes the least memory. With
+    `backward`, the backward solve starts anew from every state that is kept; by default
+    nothing is kept.
+- `backward`: solve the backward SDE for approximate gradients, as it says. By default,
+    gradients are exact.
 
 **Raises:**
 

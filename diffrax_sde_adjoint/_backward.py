@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._compat import nondifferentiable_backward, save_y
-from ._guard import Drift, did_not_return
-from ._saves import Position, Saved, get_save_states, get_saved
+from ._guard import Drift, did_not_return, near_exact_tolerance
+from ._saves import Position, Saved, cotangents_of_earlier, get_save_states
 from ._solver import is_reversible
 from ._stages import summed_over_batches
 from ._sweep import (
@@ -113,7 +113,9 @@ class Backward(eqx.Module):
                     [grad for _, grad, is_y in saved_ys if not is_y],
                     get_dense_infos(grad_final_state),
                 ),
-                is_reversible(solver) and solver.is_near_exact,
+                near_exact_tolerance
+                if is_reversible(solver) and solver.is_near_exact
+                else 0,
             ),
             diffrax.RESULTS.successful,
         )
@@ -124,21 +126,7 @@ class Backward(eqx.Module):
             start = arrive(sweep(way, end), init_state)
         grads = start.grads
 
-        # What was saved within the steps has been dealt with.
-        def is_kept(grad, first, end):
-            index = jnp.arange(len(grad)).reshape((-1,) + (1,) * (grad.ndim - 1))
-            return (index < first) | (index >= end)
-
-        grad_saved, grad_dense_ts = get_saved(grad_final_state)
-        grad_saved = [
-            jtu.tree_map(
-                lambda g, i=i, x=x: jnp.where(is_kept(g, i, x.save_index), g, 0), grad
-            )
-            for grad, i, x in zip(grad_saved, num_saved, save_states, strict=True)
-        ]
-        if grad_dense_ts is not None:
-            is_start = is_kept(grad_dense_ts, 1, final_state.dense_save_index + 1)
-            grad_dense_ts = jnp.where(is_start, grad_dense_ts, 0)
+        grad_saved = cotangents_of_earlier(num_saved, final_state, grad_final_state)
         grad_times = jtu.tree_map(lambda _: None, times)
         if any(jtu.tree_leaves(perturbed_times)):
             if self.has_progress_meter:
@@ -151,7 +139,7 @@ class Backward(eqx.Module):
         grad_shared = (grads.terms, grads.inputs)
         grad_own = (
             SolveState(grads.y, grads.solver_state),
-            (grad_saved, grad_dense_ts),
+            grad_saved,
             grad_times,
         )
         failed = jnp.invert(diffrax.is_okay(start.result))

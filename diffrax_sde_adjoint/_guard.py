@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 # cube root of the unit of rounding wherever it is met, and lose their last digits soon
 # after it is not. What a near-exact solver is held to is that of single precision.
 _root = 1 / 3
-_near_exact_eps = float(jnp.finfo(jnp.float32).eps)
+near_exact_tolerance = float(jnp.finfo(jnp.float32).eps) ** _root
 
 did_not_return = (
     "`adjoint=StochasticAdjoint()` could not undo the steps of the solve: going back "
@@ -38,12 +38,12 @@ class Drift(eqx.Module):
 
     `worth` is what the differences between states that were found and those known are
     worth to the loss, added up. `scale` is what it is compared with: the size of the
-    outputs times that of their cotangents.
+    outputs times that of their cotangents. `tolerance` is how much of it is let pass.
     """
 
     worth: Float[Array, ""]
     scale: Float[Array, ""]
-    eps: float = eqx.field(static=True)
+    tolerance: float = eqx.field(static=True)
 
     @staticmethod
     def none(
@@ -51,7 +51,7 @@ class Drift(eqx.Module):
         grad_ys: list[PyTree[Array]],
         others: PyTree[Array],
         grad_others: PyTree[Array | None],
-        is_near_exact: bool,
+        least_tolerance: float,
     ) -> "Drift":
         """At the end of the solve. `grad_ys` are the cotangents of the solution, where
         it is an output. Then its size is its largest entry at any time of the forward
@@ -69,12 +69,10 @@ class Drift(eqx.Module):
         products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
         other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(largest_y)]
-        if is_near_exact:
-            eps.append(_near_exact_eps)
         return Drift(
             jnp.zeros((), jnp.result_type(float)),
             _total((products, other_products)),
-            max(eps, default=0.0),
+            max([least_tolerance, *(x**_root for x in eps)]),
         )
 
     def arrived(
@@ -92,7 +90,7 @@ class Drift(eqx.Module):
         """Whether gradients are wrong, by more than what is tolerated. NaNs are let
         pass: they speak for themselves.
         """
-        return self.worth > self.eps**_root * self.scale
+        return self.worth > self.tolerance * self.scale
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

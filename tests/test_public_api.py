@@ -20,12 +20,13 @@ public = [
 def test_public_names():
     assert public == [
         "StochasticAdjoint",
+        "BackwardSDE",
         "BrownianInterval",
         "ito_to_stratonovich",
         "stratonovich_to_ito",
-        "AbstractReversibleSolver",
         "EES25",
         "EES27",
+        "AbstractReversibleSolver",
         "Reversible",
         "ReversibleHeun",
     ]
@@ -37,7 +38,7 @@ def test_documented(name):
     value = getattr(diffrax_sde_adjoint, name)
     assert value.__doc__
     if inspect.isclass(value) and not inspect.isabstract(value):
-        assert "**Arguments:**" in value.__init__.__doc__
+        assert "**Arguments:**" in (value.__init__.__doc__ or "")
     pages = "".join(page.read_text() for page in (root / "docs" / "api").glob("*.md"))
     assert f"::: diffrax_sde_adjoint.{name}\n" in pages
 
