@@ -115,7 +115,7 @@ class Backward(eqx.Module):
                 ),
                 near_exact_tolerance
                 if is_reversible(solver) and solver.is_near_exact
-                else 0,
+                else 0.0,
             ),
             diffrax.RESULTS.successful,
         )

@@ -31,9 +31,10 @@ from ._compat import (
 from ._controls import is_single_term
 from ._dependence import depends_on
 from ._guard import Drift
-from ._lift import LiftedTerm, Quadrature, Role, System
+from ._lift import LiftedTerm, Role, System, make_quadrature
 from ._saves import cotangents_of_earlier, get_save_states
-from ._solver import Reversible, ReversibleHeun
+from ._solver import Reversible, ReversibleHeun, is_kind
+from ._srk import is_for_additive_noise
 from ._stages import without_loops
 from ._tape import SolveState, plain_while_loop
 from ._trees import zeros_like
@@ -207,9 +208,9 @@ def look_at(
 
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
-    is_ito = isinstance(solver, diffrax.AbstractItoSolver)
+    is_ito = is_kind(solver, diffrax.AbstractItoSolver)
     if "noise" in roles:
-        if not is_ito and not isinstance(solver, diffrax.AbstractStratonovichSolver):
+        if not is_ito and not is_kind(solver, diffrax.AbstractStratonovichSolver):
             raise unsupported(
                 f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
                 "converge to the Itô or the Stratonovich solution"
@@ -243,7 +244,7 @@ def make_numerics(
     if backward.solver is not None:
         solver = without_loops(backward.solver)
     # As every step starts from the solution alone, these make the steps of others.
-    if isinstance(solver, diffrax.ReversibleHeun | ReversibleHeun):
+    if type(solver) in (diffrax.ReversibleHeun, ReversibleHeun):
         solver = diffrax.Heun()
     if type(solver) is Reversible:
         solver = solver.solver
@@ -253,13 +254,13 @@ def make_numerics(
         diffrax.LeapfrogMidpoint,
         diffrax.SemiImplicitEuler,
     )
-    if isinstance(solver, unsupported):
+    if is_kind(solver, unsupported):
         raise ValueError(
             f"`BackwardSDE` does not support the solver `{name}` backwards in time. "
             "Pass another one for the backward solve, as in "
             "`BackwardSDE(solver=diffrax.Heun())`."
         )
-    if "noise" in kind.roles and not isinstance(
+    if "noise" in kind.roles and not is_kind(
         solver, (diffrax.AbstractItoSolver, diffrax.AbstractStratonovichSolver)
     ):
         raise ValueError(
@@ -347,21 +348,15 @@ def _check_additive(
     system: System, diff: PyTree[Any], solver: diffrax.AbstractSolver, t: Any, y: Y
 ) -> None:
     """An error for a solver that is for additive noise only, if noise is not."""
-    if not isinstance(solver, diffrax.AbstractSRK):
-        return
-    inner: Any = solver
-    while not hasattr(inner, "tableau"):
-        inner = inner.solver
-    if not inner.tableau.is_additive_noise():
+    if not is_for_additive_noise(solver):
         return
     for i, zero in _noises(system, diff, t):
         fn = lambda y, i=i, zero=zero: system.increment(i, diff, t, y, zero)
         if depends_on(fn, y):
-            name = type(inner).__name__
             raise ValueError(
-                f"`{name}` is for additive noise, but the diffusion depends on the "
-                "state, so that the backward SDE would be wrong. Pass a solver for any "
-                "noise, as in `BackwardSDE(solver=diffrax.Heun())`."
+                "The solver of `BackwardSDE` is for additive noise, but the diffusion "
+                "depends on the state, so that the backward SDE would be wrong. Pass a "
+                "solver for any noise, as in `BackwardSDE(solver=diffrax.Heun())`."
             )
 
 
@@ -373,7 +368,7 @@ def _does_not_commute(
     """
     milstein = (diffrax.StratonovichMilstein, diffrax.ItoMilstein)
     noises = _noises(system, diff, t)
-    if not isinstance(solver, milstein) or len(noises) == 0:
+    if not is_kind(solver, milstein) or len(noises) == 0:
         return None
     flat, unravel = jfu.ravel_pytree([zero for _, zero in noises])
     if flat.size == 1:
@@ -426,7 +421,7 @@ class SolveBackwards(eqx.Module):
         _check_additive(*at_end)
         does_not_commute = _does_not_commute(*at_end)
         is_ito = self.kind.is_ito or "noise" in self.kind.roles
-        is_ito = is_ito and isinstance(numerics.solver, diffrax.AbstractItoSolver)
+        is_ito = is_ito and is_kind(numerics.solver, diffrax.AbstractItoSolver)
         counter = itertools.count()
         lifted_terms = jtu.tree_map(
             lambda _: LiftedTerm(system, diff, next(counter), is_ito),
@@ -457,7 +452,7 @@ class SolveBackwards(eqx.Module):
         def solve(carry, stop):
             sol = diffrax.diffeqsolve(
                 lifted_terms,
-                Quadrature(numerics.solver),
+                make_quadrature(numerics.solver),
                 -carry.t,
                 -stop,
                 numerics.dt0,

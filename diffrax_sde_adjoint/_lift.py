@@ -20,6 +20,8 @@ $(y, a, q)$, and what it adds to $a_\theta$ is the derivative of its $q$ with re
 $\theta'$: one VJP for each evaluation of the vector field.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -40,6 +42,8 @@ from ._compat import (
 from ._controls import is_single_term
 from ._ito import correction
 from ._reversal import reverse_control
+from ._solver import is_kind
+from ._srk import is_for_additive_noise
 from ._trees import zeros_like
 
 
@@ -180,7 +184,7 @@ class LiftedTerm(diffrax.AbstractTerm):
         return True
 
 
-class Quadrature(diffrax.AbstractWrappedSolver):
+class _Quadrature(diffrax.AbstractSolver):
     """A solver of lifted terms, which also integrates the cotangents of the parameters:
     they are its state. So they are not among what a step size controller looks at.
     """
@@ -188,7 +192,7 @@ class Quadrature(diffrax.AbstractWrappedSolver):
     solver: diffrax.AbstractSolver
 
     @property
-    def term_structure(self):
+    def term_structure(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.term_structure
 
     @property
@@ -251,7 +255,12 @@ class Quadrature(diffrax.AbstractWrappedSolver):
             )
             # Its state may hold what has `q` in it, which must not be taken over from
             # one step to the next: a derivative would be lost.
-            state = self.solver.init(with_dash, t0, t1, (*y0, q0), args)
+            if is_for_additive_noise(self.solver):
+                # It has no state. `init` would check for additive noise, which is that
+                # of `y` and `a`; that of `q` depends on `a`.
+                state = None
+            else:
+                state = self.solver.init(with_dash, t0, t1, (*y0, q0), args)
             (y1, a1, q1), error, _, _, result = self.solver.step(
                 with_dash, t0, t1, (*y0, q0), args, state, False
             )
@@ -265,3 +274,22 @@ class Quadrature(diffrax.AbstractWrappedSolver):
         if error is not None:
             error = error[:2]
         return y1, error, dict(y0=y0, y1=y1), total, result
+
+
+@functools.cache
+def _quadrature_of_kinds(kinds: tuple[type, ...]) -> type[_Quadrature]:
+    return types.new_class("Quadrature", (_Quadrature, *kinds))
+
+
+def make_quadrature(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """`solver`, for lifted terms: see `_Quadrature`. To diffrax it is of the same
+    kinds.
+    """
+    # diffrax looks through one wrapper only, and `solver` may be one already.
+    kinds = (
+        diffrax.AbstractAdaptiveSolver,
+        diffrax.AbstractImplicitSolver,
+        diffrax.AbstractItoSolver,
+        diffrax.AbstractStratonovichSolver,
+    )
+    return _quadrature_of_kinds(tuple(x for x in kinds if is_kind(solver, x)))(solver)

@@ -209,7 +209,7 @@ def get_saved(state: State) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def cotangents_of_earlier(
-    num_saved: list[Int[Array, ""]], final_state: State, grad_final_state: State
+    num_saved: list[Any], final_state: State, grad_final_state: State
 ) -> tuple[list[tuple[Any, Any]], Any]:
     """The cotangents of `get_saved` of the initial state, when each `SubSaveAt` had
     saved `num_saved`. What was saved within the steps is dealt with elsewhere.

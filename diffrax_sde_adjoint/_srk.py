@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._compat import Args, DenseInfo, RealScalarLike, Y
+from ._solver import layers
 from ._trees import zeros_like
 
 
@@ -121,6 +122,14 @@ class SeparateStages(diffrax.AbstractWrappedSolver):
                 ends = [x.b_error for x in coeffs]
                 y_error = _add(y_error, zip(ends, kicks, strict=True))
         return y1, y_error, dict(y0=y0, y1=y1), None, diffrax.RESULTS.successful
+
+
+def is_for_additive_noise(solver: diffrax.AbstractSolver) -> bool:
+    """Whether the solver, or one that it wraps, is one of these, and for a diffusion
+    only that does not depend on the state.
+    """
+    methods = [x for x in layers(solver) if issubclass(type(x), diffrax.AbstractSRK)]
+    return any(cast(Any, x).tableau.is_additive_noise() for x in methods)
 
 
 def _is_ignored(stages: Any, j: int) -> bool:

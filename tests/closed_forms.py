@@ -43,7 +43,9 @@ class Problem(NamedTuple):
         uniform = lambda key, shape: jr.uniform(key, shape, dtype, 0.1, 0.6)
         b_shape = (dim, 4) if self.noise_shape == (4,) else (dim,)
         return Params(
-            uniform(keys[0], (dim,)), uniform(keys[1], (dim,)), uniform(keys[2], b_shape)
+            uniform(keys[0], (dim,)),
+            uniform(keys[1], (dim,)),
+            uniform(keys[2], b_shape),
         )
 
     def path(

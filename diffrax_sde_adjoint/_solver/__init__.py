@@ -1,6 +1,8 @@
 from .base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
+    is_kind as is_kind,
     is_reversible as is_reversible,
+    layers as layers,
 )
 from .ees25 import EES25 as EES25
 from .ees27 import EES27 as EES27

@@ -1,7 +1,8 @@
 """The interface of a solver whose steps can be undone."""
 
 import abc
-from typing import ClassVar, TypeVar
+from collections.abc import Iterator
+from typing import ClassVar, TypeVar, cast
 
 import diffrax
 from jaxtyping import PyTree
@@ -74,3 +75,18 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
 def is_reversible(solver: diffrax.AbstractSolver) -> bool:
     # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
     return issubclass(type(solver), AbstractReversibleSolver)
+
+
+def layers(solver: diffrax.AbstractSolver) -> Iterator[diffrax.AbstractSolver]:
+    """The solver, and all those that it wraps, from the outside to the inside."""
+    yield solver
+    while issubclass(type(solver), diffrax.AbstractWrappedSolver):
+        solver = cast(diffrax.AbstractWrappedSolver, solver).solver
+        yield solver
+
+
+def is_kind(solver: diffrax.AbstractSolver, kinds: type | tuple[type, ...]) -> bool:
+    """Whether the solver is of a kind, or one that it wraps. `isinstance` looks through
+    one wrapper only.
+    """
+    return any(issubclass(type(x), kinds) for x in layers(solver))

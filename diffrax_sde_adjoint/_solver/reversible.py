@@ -32,7 +32,7 @@ from .._compat import (
     is_sde,
 )
 from .._reversal import reverse
-from .base import AbstractReversibleSolver
+from .base import AbstractReversibleSolver, is_kind
 
 
 _SolverState: TypeAlias = Y
@@ -98,7 +98,7 @@ class Reversible(
                 "`Reversible(..., coupling=...)` must be above 0 and at most 1, but is "
                 f"{self.coupling}."
             )
-        if isinstance(self.solver, _unsupported):
+        if is_kind(self.solver, _unsupported):
             raise ValueError(
                 f"`Reversible` does not support `{type(self.solver).__name__}`, whose "
                 "steps depend on more than the solution at their start, or cannot be "
@@ -143,7 +143,7 @@ class Reversible(
         args: Args,
     ) -> _SolverState:
         del t0, t1, args
-        if is_sde(terms) and isinstance(self.solver, diffrax.AbstractItoSolver):
+        if is_sde(terms) and is_kind(self.solver, diffrax.AbstractItoSolver):
             raise ValueError(
                 f"`Reversible({type(self.solver).__name__}())` would converge to "
                 "neither the Itô nor the Stratonovich solution, as it makes steps in "

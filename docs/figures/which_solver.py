@@ -1,0 +1,229 @@
+"""The figure and the measured tables of `docs/which_solver.md`.
+
+    python docs/figures/which_solver.py
+
+draws `docs/assets/which_solver.png`, errors of gradients against the step size, and
+prints the tables. This takes about five minutes on two cores.
+"""
+
+import time
+from pathlib import Path
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import matplotlib.pyplot as plt
+import numpy as np
+
+from diffrax_sde_adjoint import (
+    EES25,
+    EES27,
+    BackwardSDE,
+    BrownianInterval,
+    Reversible,
+    ReversibleHeun,
+    StochasticAdjoint,
+)
+
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.45"
+
+EXACT = StochasticAdjoint()
+BACKWARD = StochasticAdjoint(backward=BackwardSDE())
+REFERENCE = diffrax.RecursiveCheckpointAdjoint()
+# From a name to a solver, an adjoint and a style.
+WAYS = {
+    "Midpoint, BacksolveAdjoint": (
+        diffrax.Midpoint(),
+        diffrax.BacksolveAdjoint(),
+        dict(color=GREY, marker="s", linestyle="--"),
+    ),
+    "Heun, BacksolveAdjoint": (
+        diffrax.Heun(),
+        diffrax.BacksolveAdjoint(),
+        dict(color=GREY, marker="o", linestyle="--"),
+    ),
+    "Midpoint, BackwardSDE": (
+        diffrax.Midpoint(),
+        BACKWARD,
+        dict(color=ORANGE, marker="s"),
+    ),
+    "Heun, BackwardSDE": (diffrax.Heun(), BACKWARD, dict(color=ORANGE, marker="o")),
+    "EES25": (EES25(), EXACT, dict(color=GREEN, marker="v")),
+    "EES27": (EES27(), EXACT, dict(color=GREEN, marker="^")),
+    "Reversible(Heun())": (
+        Reversible(diffrax.Heun()),
+        EXACT,
+        dict(color=PURPLE, marker="o"),
+    ),
+    "ReversibleHeun": (ReversibleHeun(), EXACT, dict(color=BLUE, marker="o")),
+}
+BATCH, DIM, NOISE, WIDTH = 32, 32, 16, 8
+STEPS = tuple(2**i for i in range(9))
+
+# dy = -5 y dt + 0.5 dW over [0, 10] with steps of 0.01
+CONTRACTING = {
+    "ReversibleHeun": (ReversibleHeun(), {}),
+    "EES25": (EES25(), {}),
+    "EES27": (EES27(), {}),
+    "Reversible(Heun(), coupling=0.999)": (Reversible(diffrax.Heun()), {}),
+    "Reversible(Heun(), coupling=0.9)": (Reversible(diffrax.Heun(), 0.9), {}),
+    "Heun, making steps again": (diffrax.Heun(), {}),
+    "Heun, BackwardSDE": (diffrax.Heun(), dict(backward=BackwardSDE())),
+}
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    errors = {name: measure(*way[:2]) for name, way in WAYS.items()}
+    print_errors(errors)
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        draw(errors, ASSETS / "which_solver.png")
+    print_contracting()
+
+
+def neural_sde(key):
+    """A drift and a diffusion for general noise: perceptrons with one hidden layer."""
+    keys = jr.split(key, 4)
+    normal = lambda key, n, m: jr.normal(key, (m, n)) / np.sqrt(n)
+    return [
+        (normal(keys[0], DIM + 1, WIDTH), normal(keys[1], WIDTH, DIM)),
+        (normal(keys[2], DIM + 1, WIDTH), normal(keys[3], WIDTH, DIM * NOISE)),
+    ]
+
+
+def network(weights, t, y):
+    first, second = weights
+    return jnp.tanh(second @ jax.nn.silu(first @ jnp.append(y, t)))
+
+
+def gradient(adjoint, solver, num_steps):
+    """Of the mean of the final states, in the weights and in the initial states."""
+    dt = 1 / num_steps
+
+    def loss(weights, y0s):
+        def solve(y0, key):
+            shape = jax.ShapeDtypeStruct((NOISE,), jnp.float64)
+            path = BrownianInterval(0.0, 1.0, shape, key, dt=dt)
+            terms = diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: network(args[0], t, y)),
+                diffrax.ControlTerm(
+                    lambda t, y, args: network(args[1], t, y).reshape(DIM, NOISE), path
+                ),
+            )
+            sol = diffrax.diffeqsolve(
+                terms,
+                solver,
+                0.0,
+                1.0,
+                dt,
+                y0,
+                weights,
+                adjoint=adjoint,
+                max_steps=num_steps,
+                throw=False,
+            )
+            assert sol.ys is not None
+            return jnp.mean(sol.ys[0])
+
+        return jnp.mean(jax.vmap(solve)(y0s, jr.split(jr.key(0), BATCH)))
+
+    weights = neural_sde(jr.key(1))
+    y0s = jr.normal(jr.key(2), (BATCH, DIM))
+    grads = jax.jit(jax.grad(loss, (0, 1)))(weights, y0s)
+    return np.concatenate([np.ravel(x) for x in jtu.tree_leaves(grads)])
+
+
+def measure(solver, adjoint):
+    """The sum of the errors of a gradient, relative to the sum of its sizes, for each
+    number of steps. The reference is the gradient of the same numerical solution.
+    """
+    errors = []
+    for num_steps in STEPS:
+        actual = gradient(adjoint, solver, num_steps)
+        expected = gradient(REFERENCE, solver, num_steps)
+        errors.append(np.sum(np.abs(actual - expected)) / np.sum(np.abs(expected)))
+    return errors
+
+
+def print_errors(errors) -> None:
+    print("| | " + " | ".join(f"1/{n}" if n > 1 else "1" for n in STEPS) + " |")
+    print("| --- |" + " --: |" * len(STEPS))
+    for name, row in errors.items():
+        print(f"| {name} | " + " | ".join(f"{x:.0e}" for x in row) + " |")
+
+
+def draw(errors, path: Path) -> None:
+    fig, ax = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
+    steps = [1 / n for n in STEPS]
+    for name, (_, _, style) in WAYS.items():
+        ax.loglog(steps, errors[name], label=name, markersize=5, **style)
+    ax.set_xlabel("step size")
+    ax.set_ylabel("relative error of the gradient")
+    ax.set_xticks(steps, ["1", *(f"1/{n}" for n in STEPS[1:])])
+    ax.minorticks_off()
+    ax.invert_xaxis()
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path, dpi=200)
+    plt.close(fig)
+
+
+def contracting_gradient(solver, adjoint, dtype):
+    """And how long it takes, in microseconds a step."""
+    t0, t1, dt = (jnp.array(x, dtype) for x in (0, 10, 0.01))
+
+    @jax.jit
+    @jax.grad
+    def gradient(rate):
+        shape = jax.ShapeDtypeStruct((), dtype)
+        path = BrownianInterval(t0, t1, shape, jr.key(0), dt=dt)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, rate: -rate * y),
+            diffrax.ControlTerm(lambda t, y, rate: jnp.array(0.5, dtype), path),
+        )
+        sol = diffrax.diffeqsolve(
+            terms,
+            solver,
+            t0,
+            t1,
+            dt,
+            jnp.ones((), dtype),
+            rate,
+            saveat=diffrax.SaveAt(ts=jnp.linspace(t0, t1, 5, dtype=dtype)),
+            adjoint=adjoint,
+            max_steps=1000,
+            throw=False,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys**2)
+
+    rate = jnp.array(5, dtype)
+    value = float(gradient(rate))
+    times = []
+    for _ in range(30):
+        start = time.process_time()
+        jax.block_until_ready(gradient(rate))
+        times.append(time.process_time() - start)
+    return value, 1e6 * min(times) / 1000
+
+
+def print_contracting() -> None:
+    expected, _ = contracting_gradient(diffrax.Heun(), REFERENCE, jnp.float64)
+    print("| | float64 | float32 | µs a step, float32 |")
+    print("| --- | --: | --: | --: |")
+    for name, (solver, kwargs) in CONTRACTING.items():
+        for every in (None, 100, 50, 10):
+            cells = [f"{name}, {every}"]
+            for dtype in (jnp.float64, jnp.float32):
+                adjoint = StochasticAdjoint(checkpoint_every=every, **kwargs)
+                actual, cost = contracting_gradient(solver, adjoint, dtype)
+                error = abs(actual - expected) / abs(expected)
+                cells.append("error" if np.isnan(error) else f"{error:.0e}")
+            print("| " + " | ".join([*cells, f"{cost:.1f}"]) + " |")
+
+
+if __name__ == "__main__":
+    main()
