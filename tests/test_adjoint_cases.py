@@ -395,11 +395,8 @@ cases = {
 # The others are run on request.
 by_default = (
     "SPaRK",
-    "ReversibleHeun, subs",
-    "Heun, jumps",
     "ReversibleHeun, root event",
     "backward, PID, subs",
-    "checkpoints",
     "f32 replay",
     "times, Heun, clip, steps",
 )

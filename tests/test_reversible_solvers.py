@@ -150,7 +150,7 @@ def test_converges_to_the_stratonovich_solution(name):
     assert np.log2(coarse / fine) / 4 > 0.85
 
 
-@some_slow("EES25", "Heun", "SPaRK")
+@some_slow("EES25", "Heun")
 def test_steps_are_undone(name):
     """Over 50 steps of an SDE, or to a high order in the step."""
     _, make_terms_of, params = make_solve(name, num_steps=50)
@@ -194,7 +194,7 @@ def test_steps_are_undone(name):
     assert np.log2(coarse / fine) > order - 0.3
 
 
-@some_slow("EES25", "StratonovichMilstein")
+@some_slow("EES25", "Heun, coupling 0.9")
 def test_gradients(name):
     """Of parameters that a batch shares, and of an initial value that it does not."""
     dtypes = (jnp.float64, jnp.float32) if name in ("EES25", "Heun") else (jnp.float64,)
@@ -227,7 +227,7 @@ def test_gradients(name):
     [
         ("EES25", jnp.float32),
         ("EES27", jnp.float64),
-        ("Heun, coupling 0.9", jnp.float32),
+        pytest.param("Heun, coupling 0.9", jnp.float32, marks=pytest.mark.slow),
         pytest.param("EES25", jnp.float64, marks=pytest.mark.slow),
         pytest.param("EES27", jnp.float32, marks=pytest.mark.slow),
         pytest.param("Heun, coupling 0.9", jnp.float64, marks=pytest.mark.slow),

@@ -100,11 +100,12 @@ def network(weights, t, y):
     return jnp.tanh(second @ jax.nn.silu(first @ jnp.append(y, t)))
 
 
-def gradient(adjoint, solver, num_steps):
-    """Of the mean of the final states, in the weights and in the initial states."""
-    dt = 1 / num_steps
+def make_gradient(adjoint, solver):
+    """Of the mean of the final states, in the weights and in the initial states, as a
+    function of the step size.
+    """
 
-    def loss(weights, y0s):
+    def loss(weights, y0s, dt):
         def solve(y0, key):
             shape = jax.ShapeDtypeStruct((NOISE,), jnp.float64)
             path = BrownianInterval(0.0, 1.0, shape, key, dt=dt)
@@ -123,7 +124,7 @@ def gradient(adjoint, solver, num_steps):
                 y0,
                 weights,
                 adjoint=adjoint,
-                max_steps=num_steps,
+                max_steps=STEPS[-1],
                 throw=False,
             )
             assert sol.ys is not None
@@ -133,8 +134,13 @@ def gradient(adjoint, solver, num_steps):
 
     weights = neural_sde(jr.key(1))
     y0s = jr.normal(jr.key(2), (BATCH, DIM))
-    grads = jax.jit(jax.grad(loss, (0, 1)))(weights, y0s)
-    return np.concatenate([np.ravel(x) for x in jtu.tree_leaves(grads)])
+    compiled = jax.jit(jax.grad(loss, (0, 1)))
+
+    def gradient(dt):
+        leaves = jtu.tree_leaves(compiled(weights, y0s, jnp.array(dt)))
+        return np.concatenate([np.ravel(x) for x in leaves])
+
+    return gradient
 
 
 def measure(solver, adjoint):
@@ -142,9 +148,9 @@ def measure(solver, adjoint):
     number of steps. The reference is the gradient of the same numerical solution.
     """
     errors = []
+    gradients = [make_gradient(x, solver) for x in (adjoint, REFERENCE)]
     for num_steps in STEPS:
-        actual = gradient(adjoint, solver, num_steps)
-        expected = gradient(REFERENCE, solver, num_steps)
+        actual, expected = (gradient(1 / num_steps) for gradient in gradients)
         errors.append(np.sum(np.abs(actual - expected)) / np.sum(np.abs(expected)))
     return errors
 

@@ -7,7 +7,7 @@ Everything has the dtype of `y0`, and what is differentiated is always `(params,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
 import jax
@@ -111,9 +111,13 @@ def virtual_brownian_tree(
     return diffrax.VirtualBrownianTree(zero, one, tol, struct, key, levy_area)
 
 
-def ours(num_steps: int, solver: diffrax.AbstractSolver | None = None) -> Loss:
+def ours(
+    num_steps: int, solver: diffrax.AbstractSolver | None = None, **kwargs: Any
+) -> Loss:
+    """With the arguments of `StochasticAdjoint`."""
     solver = ReversibleHeun() if solver is None else solver
-    return diffrax_loss(num_steps, brownian_interval, solver, StochasticAdjoint())
+    adjoint = StochasticAdjoint(**kwargs)
+    return diffrax_loss(num_steps, brownian_interval, solver, adjoint)
 
 
 def checkpointed(
