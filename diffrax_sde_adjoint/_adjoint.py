@@ -164,9 +164,22 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         if self.backward is None:
             way_back = None
         else:
+            if self.checkpoint_every is not None and max_steps is None:
+                raise ValueError(
+                    "`StochasticAdjoint(checkpoint_every=..., backward=...)` needs "
+                    "`diffeqsolve(..., max_steps=...)`, to know how many states to "
+                    "keep."
+                )
             kind = look_at(solver, terms, saveat, event, init_state.y)
             numerics = make_numerics(
-                self.backward, kind, solver, terms, stepsize_controller, dt0, max_steps
+                self.backward,
+                kind,
+                solver,
+                terms,
+                stepsize_controller,
+                dt0,
+                max_steps,
+                init_state.tprev.dtype,
             )
             way_back = (kind, nondifferentiable(numerics, msg=no_numerics))
             if passed_solver_state:

@@ -24,13 +24,13 @@ from ._compat import (
     RealScalarLike,
     WrapTerm,
     Y,
-    is_sde,
     nondifferentiable_backward,
     save_y,
 )
 from ._controls import is_single_term
 from ._dependence import depends_on
 from ._guard import Drift
+from ._ito import check_independent, is_noise
 from ._lift import LiftedTerm, Role, System, make_quadrature
 from ._saves import cotangents_of_earlier, get_save_states
 from ._solver import Reversible, ReversibleHeun, is_kind
@@ -96,6 +96,9 @@ class BackwardSDE(eqx.Module):
     solution starts anew from each. A step costs one evaluation of the vector field and
     two VJPs for each of the solver's.
 
+    - *Terms*: what drives an SDE has to be seen: a [`diffrax.ControlTerm`][] whose
+        control is a Brownian path, and not a function that evaluates one, which would
+        be taken for a smooth control.
     - *Solvers*: any of diffrax's for Stratonovich or Itô SDEs, or for ODEs, but for
         those of underdamped Langevin dynamics, `SemiImplicitEuler` and
         `LeapfrogMidpoint`. Reversible solvers make the steps of the method that they
@@ -113,7 +116,8 @@ class BackwardSDE(eqx.Module):
         then added up. A batch that is a single state does not do so.
 
     Everything else raises an error. So does a backward solve that misses a known state
-    of the forward one by what is worth half of the loss.
+    of the forward one by what is worth half of the size of the outputs times their
+    cotangents, to first order.
 
     ??? cite "Reference"
 
@@ -150,7 +154,7 @@ Of the backward solve; each is that of the forward solve by default.
 - `solver`: the solver.
 - `stepsize_controller`: the step size controller, with times (such as `jump_ts`) as for
     the forward solve. The error that it looks at is that of the solution and of its
-    cotangent.
+    cotangent, whose size is that of the loss.
 - `dt0`: the length of the first step after each time at which the solution was saved.
     A positive number.
 - `max_steps`: how many steps there may be between two times at which the solution was
@@ -206,7 +210,12 @@ def look_at(
     ):
         raise unsupported("complex states")
 
+    if not isinstance(terms, diffrax.AbstractTerm):
+        raise unsupported(
+            f"the solver `{type(solver).__name__}`, which does not take a single term"
+        )
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    check_independent([x for x in leaves if is_noise(x)])
     roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
     is_ito = is_kind(solver, diffrax.AbstractItoSolver)
     if "noise" in roles:
@@ -215,20 +224,25 @@ def look_at(
                 f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
                 "converge to the Itô or the Stratonovich solution"
             )
-        if is_ito and "drift" not in roles:
-            raise unsupported(
-                "an Itô SDE without a drift, to which to add a correction. Use a "
-                "`diffrax.MultiTerm` of a `diffrax.ODETerm`, which may be zero, and "
-                "the noise. Or"
-            )
+        if is_ito:
+            _check_drift(roles)
     return Kind(roles, is_ito and "noise" in roles)
+
+
+def _check_drift(roles: tuple[Role, ...]) -> None:
+    if "drift" not in roles:
+        raise ValueError(
+            "`BackwardSDE` with a solver for Itô SDEs needs a drift to add a "
+            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
+            "may be zero, and the noise."
+        )
 
 
 def _role(term: diffrax.AbstractTerm) -> Role:
     inner = term.term if isinstance(term, WrapTerm) else term
-    if isinstance(inner, (diffrax.ODETerm, diffrax.UnderdampedLangevinDriftTerm)):
+    if isinstance(inner, diffrax.ODETerm | diffrax.UnderdampedLangevinDriftTerm):
         return "drift"
-    return "noise" if is_sde(inner) else "control"
+    return "noise" if is_noise(term) else "control"
 
 
 def make_numerics(
@@ -239,6 +253,7 @@ def make_numerics(
     stepsize_controller: diffrax.AbstractStepSizeController,
     dt0: RealScalarLike | None,
     max_steps: int | None,
+    time_dtype: Any,
 ) -> Numerics:
     """Those of the forward solve, where `backward` does not say otherwise."""
     if backward.solver is not None:
@@ -252,7 +267,6 @@ def make_numerics(
     unsupported = (
         diffrax.AbstractFosterLangevinSRK,
         diffrax.LeapfrogMidpoint,
-        diffrax.SemiImplicitEuler,
     )
     if is_kind(solver, unsupported):
         raise ValueError(
@@ -267,6 +281,8 @@ def make_numerics(
             f"`BackwardSDE(solver={name}())` is not a solver for SDEs. Pass one that "
             "is, such as `diffrax.Heun()`."
         )
+    if "noise" in kind.roles and is_kind(solver, diffrax.AbstractItoSolver):
+        _check_drift(kind.roles)
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     (direction, *_) = [x.direction for x in leaves if isinstance(x, WrapTerm)]
     controller = stepsize_controller
@@ -279,10 +295,22 @@ def make_numerics(
             "solve, as in `BackwardSDE(stepsize_controller=diffrax.ConstantStepSize(), "
             "dt0=...)`."
         )
+    if (
+        "noise" in kind.roles
+        and is_kind(solver, diffrax.Euler)
+        and isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    ):
+        raise ValueError(
+            "`BackwardSDE` does not support adaptive steps of `Euler`, which may not "
+            "converge. Pass another solver, as in "
+            "`BackwardSDE(solver=diffrax.HalfSolver(diffrax.Heun()))`."
+        )
+    if backward.dt0 is not None:
+        dt0 = jnp.asarray(backward.dt0, time_dtype)
     return Numerics(
         solver,
         controller.wrap(-1),
-        dt0 if backward.dt0 is None else backward.dt0,
+        dt0,
         max_steps if backward.max_steps is None else backward.max_steps,
     )
 
@@ -420,8 +448,9 @@ class SolveBackwards(eqx.Module):
         at_end = (system, diff, numerics.solver, final_state.tprev, final_state.y)
         _check_additive(*at_end)
         does_not_commute = _does_not_commute(*at_end)
-        is_ito = self.kind.is_ito or "noise" in self.kind.roles
-        is_ito = is_ito and is_kind(numerics.solver, diffrax.AbstractItoSolver)
+        is_ito = "noise" in self.kind.roles and is_kind(
+            numerics.solver, diffrax.AbstractItoSolver
+        )
         counter = itertools.count()
         lifted_terms = jtu.tree_map(
             lambda _: LiftedTerm(system, diff, next(counter), is_ito),

@@ -10,7 +10,9 @@ $\mathrm{d}y = f\,\mathrm{d}t + \sum_j g_j\,\mathrm{d}W^j \quad\text{(Itô)}
 Each summand is the derivative of `g_j` in the direction `g_j`: one JVP.
 """
 
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -20,9 +22,49 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._compat import Args, RealScalarLike, Y, is_sde
+from ._compat import Args, RealScalarLike, WrapTerm, Y, is_sde
 from ._controls import is_single_term
 from ._dependence import depends_on
+
+
+def is_noise(term: diffrax.AbstractTerm) -> bool:
+    """Whether a Brownian path drives the term. An error if it is not known how."""
+    inner = term.term if isinstance(term, WrapTerm) else term
+    if isinstance(inner, diffrax.ODETerm | diffrax.UnderdampedLangevinDriftTerm):
+        return False
+    if isinstance(inner, diffrax.UnderdampedLangevinDiffusionTerm):
+        return True
+    if isinstance(inner, diffrax.ControlTerm) and isinstance(
+        inner.control, diffrax.AbstractBrownianPath
+    ):
+        return True
+    if is_sde(inner):
+        raise ValueError(
+            "There is a Brownian path inside of a term, but not as its control, so "
+            "that it is not known what noise this is. Make the path the control, as in "
+            "`diffrax.ControlTerm(vector_field, path)`."
+        )
+    return False
+
+
+def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
+    """An error if two noises are known to have the same path."""
+    all_arrays = [
+        [x for x in jtu.tree_leaves(_control(noise)) if eqx.is_array(x)]
+        for noise in noises
+    ]
+    for arrays, others in itertools.combinations(all_arrays, 2):
+        if len(arrays) == len(others) > 0 and all(map(operator.is_, arrays, others)):
+            raise ValueError(
+                "Two terms have the same Brownian path. Their noises would be taken "
+                "for independent ones: make one `diffrax.ControlTerm` of them, whose "
+                "vector field is the sum of theirs."
+            )
+
+
+def _control(noise: diffrax.AbstractTerm) -> Any:
+    inner: Any = noise.term if isinstance(noise, WrapTerm) else noise
+    return inner.control
 
 
 def correction(
@@ -92,9 +134,8 @@ class _Shape(diffrax.AbstractPath):
         return jtu.tree_unflatten(self.treedef, zeros)
 
 
-def _without_path(noise: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
-    if type(noise) is not diffrax.ControlTerm:
-        return noise
+def _without_path(noise: diffrax.AbstractTerm) -> diffrax.ControlTerm:
+    assert isinstance(noise, diffrax.ControlTerm)
     path = noise.control
     struct = eqx.filter_eval_shape(path.evaluate, path.t0, path.t0)
     leaves, treedef = jtu.tree_flatten(struct)
@@ -106,7 +147,7 @@ class _CorrectedDrift(eqx.Module):
     """A drift, with the corrections for some noises added to it or subtracted."""
 
     drift: Callable[[RealScalarLike, Y, Args], Y] | None
-    noises: list[diffrax.AbstractTerm]
+    noises: Sequence[diffrax.AbstractTerm]
     sign: int = eqx.field(static=True)
     elementwise: bool = eqx.field(static=True)
 
@@ -147,7 +188,8 @@ def ito_to_stratonovich(
     **Arguments:**
 
     - `terms`: a term, or a [`diffrax.MultiTerm`][] of any number of them, in which at
-        least one is driven by a Brownian path.
+        least one is driven by a Brownian path: a [`diffrax.ControlTerm`][] with the
+        path as its control. Paths must be independent of one another.
     - `elementwise`: a promise that noise is diagonal, and that each number of the
         diagonal depends on none of the state but its own. This needs one JVP, whatever
         the dimension. It is not checked: if it does not hold, then the correction is
@@ -161,8 +203,9 @@ def ito_to_stratonovich(
 
     **Raises:**
 
-    `ValueError` if no term is driven by a Brownian path, if `terms` is not a term, or
-    has those of underdamped Langevin dynamics; and, when the drift is evaluated, if
+    `ValueError` if no term is driven by a Brownian path, if two are by the same, or one
+    by a path that is not its control; if `terms` is not a term, or has those of
+    underdamped Langevin dynamics; and, when the drift is evaluated, if
     `elementwise` is set and the noise is not of the shape of the state.
 
     **Cost:**
@@ -220,12 +263,12 @@ def _convert(
             "`diffrax.MultiTerm(diffrax.ODETerm(...), diffrax.ControlTerm(...))`, but "
             f"is of type `{type(terms).__name__}`."
         )
-    if not is_sde(terms):
+    leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    if not any(map(is_noise, leaves)):
         raise ValueError(
             f"`{name}(terms)` must have a term that is driven by a Brownian path: "
             "otherwise there is nothing to convert."
         )
-    leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     langevin = (
         diffrax.UnderdampedLangevinDriftTerm,
         diffrax.UnderdampedLangevinDiffusionTerm,
@@ -236,7 +279,9 @@ def _convert(
             "Their noise is additive, so that the Itô and the Stratonovich solution "
             "are the same: use them as they are."
         )
-    noises = [_without_path(x) for x in leaves if is_sde(x)]
+    noises = [x for x in leaves if is_noise(x)]
+    check_independent(noises)
+    noises = [_without_path(x) for x in noises]
     is_drift = [type(x) is diffrax.ODETerm for x in leaves]
     first = is_drift.index(True) if True in is_drift else None
     drift = None if first is None else leaves[first].vector_field

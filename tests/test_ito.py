@@ -171,6 +171,22 @@ def test_errors():
         terms = make_terms(drift, diffusion, make_path((3,)))
         with pytest.raises(ValueError, match="must be a term"):
             convert(tuple(terms.terms))
+        path = make_path(())
+        noise = diffrax.ControlTerm(lambda t, y, args: y, path)
+        with pytest.raises(ValueError, match="the same Brownian path"):
+            convert(diffrax.MultiTerm(noise, noise))
+
+        class Scaled(diffrax.AbstractPath):
+            path: BrownianInterval
+            t0: float = 0.0
+            t1: float = 1.0
+
+            def evaluate(self, t0, t1=None, left=True):
+                return 2 * self.path.evaluate(t0, t1)
+
+        scaled = diffrax.ControlTerm(lambda t, y, args: y, Scaled(path))
+        with pytest.raises(ValueError, match="not as its control"):
+            convert(diffrax.MultiTerm(diffrax.ODETerm(drift), scaled))
         langevin = diffrax.MultiTerm(
             diffrax.UnderdampedLangevinDriftTerm(1.0, 1.0, lambda x, args: x),
             diffrax.UnderdampedLangevinDiffusionTerm(1.0, 1.0, make_path(())),

@@ -194,7 +194,7 @@ def test_steps_are_undone(name):
     assert np.log2(coarse / fine) > order - 0.3
 
 
-@some_slow("EES25", "Heun, coupling 0.9")
+@some_slow("EES25")
 def test_gradients(name):
     """Of parameters that a batch shares, and of an initial value that it does not."""
     dtypes = (jnp.float64, jnp.float32) if name in ("EES25", "Heun") else (jnp.float64,)
@@ -226,7 +226,7 @@ def test_gradients(name):
     "name,dtype",
     [
         ("EES25", jnp.float32),
-        ("EES27", jnp.float64),
+        pytest.param("EES27", jnp.float64, marks=pytest.mark.slow),
         pytest.param("Heun, coupling 0.9", jnp.float32, marks=pytest.mark.slow),
         pytest.param("EES25", jnp.float64, marks=pytest.mark.slow),
         pytest.param("EES27", jnp.float32, marks=pytest.mark.slow),
