@@ -17,7 +17,6 @@ import jax.tree_util as jtu
 from ._backward import Backward, no_second_derivative
 from ._backward_sde import (
     BackwardSDE,
-    SolveBackwards,
     look_at,
     make_numerics,
     no_numerics,
@@ -33,6 +32,7 @@ from ._compat import (
 )
 from ._controllers import look_into, may_jump
 from ._saves import SaveInputs, get_save_states, get_saved
+from ._solve_backwards import SolveBackwards
 from ._solver import ReversibleHeun, is_reversible
 from ._stages import in_forward_mode, without_loops
 from ._tape import SolveState, loop_and_record, plain_while_loop

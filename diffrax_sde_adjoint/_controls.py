@@ -8,13 +8,29 @@ upon to notice that it is drawn twice.
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._compat import VF, Args, RealScalarLike, Y
 
 
-class _KnownControl(diffrax.AbstractTerm):
+class AbstractForwardingTerm(diffrax.AbstractTerm):
+    """A term that has the vector field of `term`."""
+
+    term: eqx.AbstractVar[diffrax.AbstractTerm]
+
+    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
+        return self.term.vf(t, y, args)
+
+    def prod(self, vf: VF, control: PyTree[Any]) -> Y:
+        return self.term.prod(vf, control)
+
+    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: PyTree[Any]) -> Y:
+        return self.term.vf_prod(t, y, args, control)
+
+
+class _KnownControl(AbstractForwardingTerm):
     """A term, of which the control from `t0` to `t1` is known to be `control`."""
 
     term: diffrax.AbstractTerm
@@ -22,21 +38,12 @@ class _KnownControl(diffrax.AbstractTerm):
     t1: RealScalarLike
     control: PyTree[Any]
 
-    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
-        return self.term.vf(t, y, args)
-
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         # Within one trace, equal times are the same object. If a solver computes them
         # anew, or wants more than an increment, then there is just nothing to gain.
         if t0 is self.t0 and t1 is self.t1 and len(kwargs) == 0:
             return self.control
         return self.term.contr(t0, t1, **kwargs)
-
-    def prod(self, vf: VF, control: PyTree[Any]) -> Y:
-        return self.term.prod(vf, control)
-
-    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: PyTree[Any]) -> Y:
-        return self.term.vf_prod(t, y, args, control)
 
     def is_vf_expensive(
         self, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args

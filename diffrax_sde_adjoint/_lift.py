@@ -42,7 +42,7 @@ from ._compat import (
 from ._controls import is_single_term
 from ._ito import correction
 from ._reversal import reverse_control
-from ._solver import is_kind
+from ._solver import AbstractForwardingSolver, is_kind
 from ._srk import is_for_additive_noise
 from ._trees import zeros_like
 
@@ -184,7 +184,17 @@ class LiftedTerm(diffrax.AbstractTerm):
         return True
 
 
-class _Quadrature(diffrax.AbstractSolver):
+def _is_lifted(x: Any) -> bool:
+    return isinstance(x, LiftedTerm)
+
+
+def _get_diff(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[Any]:
+    """What is differentiated, which is the same in all lifted terms."""
+    leaves = jtu.tree_leaves(terms, is_leaf=_is_lifted)
+    return next(filter(_is_lifted, leaves)).diff
+
+
+class _Quadrature(AbstractForwardingSolver):
     """A solver of lifted terms, which also integrates the cotangents of the parameters:
     they are its state. So they are not among what a step size controller looks at.
     """
@@ -192,42 +202,12 @@ class _Quadrature(diffrax.AbstractSolver):
     solver: diffrax.AbstractSolver
 
     @property
-    def term_structure(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.solver.term_structure
-
-    @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return diffrax.LocalLinearInterpolation
 
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    @property
-    def root_finder(self):
-        return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def root_find_max_steps(self):
-        return self.solver.root_find_max_steps  # pyright: ignore[reportAttributeAccessIssue]
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
     def init(self, terms, t0, t1, y0, args):
         del t0, t1, y0, args
-        is_lifted = lambda x: isinstance(x, LiftedTerm)
-        leaves = jtu.tree_leaves(terms, is_leaf=is_lifted)
-        return zeros_like(next(filter(is_lifted, leaves)).diff)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
+        return zeros_like(_get_diff(terms))
 
     def step(
         self,
@@ -240,18 +220,17 @@ class _Quadrature(diffrax.AbstractSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[tuple[Y, Y], Any, DenseInfo, PyTree[Array], diffrax.RESULTS]:
         del made_jump
-        is_lifted = lambda x: isinstance(x, LiftedTerm)
         q0 = jnp.zeros((), jnp.result_type(*jtu.tree_leaves(y0)))
 
         def step(dash):
             with_dash = jtu.tree_map(
                 lambda x: (
                     LiftedTerm(x.system, x.diff, x.index, x.is_ito, dash)
-                    if is_lifted(x)
+                    if _is_lifted(x)
                     else x
                 ),
                 terms,
-                is_leaf=is_lifted,
+                is_leaf=_is_lifted,
             )
             # Its state may hold what has `q` in it, which must not be taken over from
             # one step to the next: a derivative would be lost.
@@ -266,8 +245,7 @@ class _Quadrature(diffrax.AbstractSolver):
             )
             return q1, ((y1, a1), error, result)
 
-        leaves = jtu.tree_leaves(terms, is_leaf=is_lifted)
-        diff = next(filter(is_lifted, leaves)).diff
+        diff = _get_diff(terms)
         q1, pull_back, (y1, error, result) = eqx.filter_vjp(step, diff, has_aux=True)
         (more,) = pull_back(jnp.ones_like(q1))
         total = jtu.tree_map(jnp.add, solver_state, more)

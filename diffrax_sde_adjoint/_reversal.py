@@ -9,8 +9,8 @@ import diffrax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._compat import VF, Args, RealScalarLike, Y
-from ._controls import is_single_term
+from ._compat import Args, RealScalarLike, Y
+from ._controls import AbstractForwardingTerm, is_single_term
 
 
 def reverse_control(control: PyTree[Any]) -> PyTree[Any]:
@@ -48,22 +48,13 @@ def reverse_control(control: PyTree[Any]) -> PyTree[Any]:
     return jtu.tree_map(reverse, control, is_leaf=is_noise)
 
 
-class _Reversed(diffrax.AbstractTerm):
+class _Reversed(AbstractForwardingTerm):
     """A term, whose control from `t1` to `t0` is that from `t0` to `t1`, reversed."""
 
     term: diffrax.AbstractTerm
 
-    def vf(self, t: RealScalarLike, y: Y, args: Args) -> VF:
-        return self.term.vf(t, y, args)
-
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         return reverse_control(self.term.contr(t1, t0, **kwargs))
-
-    def prod(self, vf: VF, control: PyTree[Any]) -> Y:
-        return self.term.prod(vf, control)
-
-    def vf_prod(self, t: RealScalarLike, y: Y, args: Args, control: PyTree[Any]) -> Y:
-        return self.term.vf_prod(t, y, args, control)
 
     def is_vf_expensive(
         self, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args

@@ -10,11 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._compat import Args, DenseInfo, RealScalarLike, Y
-from ._solver import layers
+from ._solver import AbstractForwardingSolver, layers
 from ._trees import zeros_like
 
 
-class SeparateStages(diffrax.AbstractWrappedSolver):
+class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
     """The same method, with stages that are arrays of their own. In diffrax's, they are
     the rows of one array, filled by a loop. This has a derivative by a rule of its own,
     which cannot be summed over a batch; and the array is soon too large for the fast
@@ -24,31 +24,11 @@ class SeparateStages(diffrax.AbstractWrappedSolver):
     solver: diffrax.AbstractSRK
 
     @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.interpolation_cls
 
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
-
     def init(self, terms, t0, t1, y0, args):
         return self.solver.init(terms, t0, t1, y0, args)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
 
     def step(
         self,

@@ -6,6 +6,7 @@ from .base import (
 )
 from .ees25 import EES25 as EES25
 from .ees27 import EES27 as EES27
+from .forwarding import AbstractForwardingSolver as AbstractForwardingSolver
 from .reversible import Reversible as Reversible
 from .reversible_heun import (
     ReversibleHeun as ReversibleHeun,

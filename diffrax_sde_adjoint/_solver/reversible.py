@@ -23,7 +23,6 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import (
-    VF,
     Args,
     BoolScalarLike,
     DenseInfo,
@@ -33,6 +32,7 @@ from .._compat import (
 )
 from .._reversal import reverse
 from .base import AbstractReversibleSolver, is_kind
+from .forwarding import AbstractForwardingSolver
 
 
 _SolverState: TypeAlias = Y
@@ -41,6 +41,7 @@ _unsupported = (diffrax.LeapfrogMidpoint, diffrax.AbstractFosterLangevinSRK)
 
 class Reversible(
     AbstractReversibleSolver[_SolverState],
+    AbstractForwardingSolver[_SolverState],
     diffrax.AbstractWrappedSolver[_SolverState],
 ):
     r"""Makes any one-step solver reversible, at twice its cost.
@@ -106,33 +107,6 @@ class Reversible(
                 "`diffeqsolve(..., adjoint=StochasticAdjoint())` any solver can be "
                 "used as it is."
             )
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    @property
-    def root_finder(self):
-        return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def root_find_max_steps(self):
-        return self.solver.root_find_max_steps  # pyright: ignore[reportAttributeAccessIssue]
-
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
-        return self.solver.order(terms)
-
-    def strong_order(
-        self, terms: PyTree[diffrax.AbstractTerm]
-    ) -> RealScalarLike | None:
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
-        return self.solver.error_order(terms)
 
     def init(
         self,
@@ -215,15 +189,6 @@ class Reversible(
         )
         result = diffrax.RESULTS.where(diffrax.is_okay(result1), result0, result1)
         return y0, dict(y0=y0, y1=y1), z0, result
-
-    def func(
-        self,
-        terms: PyTree[diffrax.AbstractTerm],
-        t0: RealScalarLike,
-        y0: Y,
-        args: Args,
-    ) -> VF:
-        return self.solver.func(terms, t0, y0, args)
 
 
 Reversible.__init__.__doc__ = """**Arguments:**
