@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from ._backward import Backward, no_second_derivative
 from ._backward_sde import (
     BackwardSDE,
+    first_derivatives_only,
     look_at,
     make_numerics,
     no_numerics,
@@ -291,7 +292,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         )
         _, (*_, detached_of_times), loop = detach((shared, own, loop))
         final_state, tape = nondifferentiable_backward(
-            eqx.combine(detached_of_times, loop)(), msg=no_second_derivative
+            eqx.combine(detached_of_times, loop)(),
+            msg=no_second_derivative if way_back is None else first_derivatives_only,
         )
         num_saved = [x.save_index for x in get_save_states(init_state)]
         if way_back is None:

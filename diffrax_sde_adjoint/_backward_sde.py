@@ -29,6 +29,11 @@ no_numerics = (
     f"solver and step size controller. {instead}"
 )
 
+first_derivatives_only = (
+    "`adjoint=StochasticAdjoint(backward=BackwardSDE(...))` does not support second "
+    f"derivatives. {instead}"
+)
+
 no_solver_state = (
     "`adjoint=StochasticAdjoint(backward=BackwardSDE(...))` does not differentiate "
     f"`solver_state`. {instead}"
@@ -56,7 +61,7 @@ class BackwardSDE(eqx.Module):
     Memory is that of a single step of the backward solve, whatever the number of steps.
     `StochasticAdjoint(checkpoint_every=...)` adds the states that are kept: the
     solution starts anew from each. A step costs one evaluation of the vector field and
-    two VJPs for each of the solver's.
+    two VJPs for each of the solver's; for Itô SDEs, also those of the corrections.
 
     - *Terms*: what drives an SDE has to be seen: a [`diffrax.ControlTerm`][] whose
         control is a Brownian path, and not a function that evaluates one, which would
@@ -77,9 +82,9 @@ class BackwardSDE(eqx.Module):
     - Under `jax.vmap`, the gradient in shared parameters is made for every element and
         then added up. A batch that is a single state does not do so.
 
-    Everything else raises an error. So does a backward solve that misses a known state
-    of the forward one by what is worth half of the size of the outputs times their
-    cotangents, to first order.
+    Everything else raises an error, and so do second derivatives, and a backward solve
+    that misses a known state of the forward one by what is worth half of the size of
+    the outputs times their cotangents, to first order.
 
     ??? cite "Reference"
 
@@ -116,7 +121,7 @@ Of the backward solve; each is that of the forward solve by default.
 - `solver`: the solver.
 - `stepsize_controller`: the step size controller, with times (such as `jump_ts`) as for
     the forward solve. The error that it looks at is that of the solution and of its
-    cotangent, whose size is that of the loss.
+    cotangent, whose size is that of the loss; a `norm` is called with this pair.
 - `dt0`: the length of the first step after each time at which the solution was saved.
     A positive number.
 - `max_steps`: how many steps there may be between two times at which the solution was

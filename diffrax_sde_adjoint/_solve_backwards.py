@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._backward import no_second_derivative
-from ._backward_sde import Kind, instead, no_numerics
+from ._backward_sde import Kind, first_derivatives_only, instead, no_numerics
 from ._batching import vjp
 from ._compat import (
     RealScalarLike,
@@ -337,5 +336,5 @@ class SolveBackwards(eqx.Module):
                 grads = eqx.error_if(grads, does_not_commute, _must_commute)
         if does_not_commute is not None:
             is_wrong = is_wrong | does_not_commute
-        grads = nondifferentiable_backward(grads, msg=no_second_derivative)
+        grads = nondifferentiable_backward(grads, msg=first_derivatives_only)
         return *grads, is_wrong

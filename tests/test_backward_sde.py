@@ -7,6 +7,7 @@ import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import numpy as np
 import pytest
 from closed_forms import gradient_errors, problems
@@ -301,9 +302,11 @@ def test_milstein_needs_commutative_noise():
 
 
 def test_a_backward_solve_that_goes_astray_is_an_error():
-    """Steps that are too long for the backward dynamics."""
+    """Steps that are too long for the backward dynamics, unless the solution starts
+    anew every so many steps of the forward solve.
+    """
 
-    def loss(y0, dt0, throw):
+    def loss(y0, dt0, throw, every):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -5 * y),
             diffrax.Heun(),
@@ -311,18 +314,106 @@ def test_a_backward_solve_that_goes_astray_is_an_error():
             4.0,
             0.01,
             y0,
-            adjoint=StochasticAdjoint(backward=BackwardSDE(dt0=dt0)),
+            adjoint=StochasticAdjoint(every, BackwardSDE(dt0=dt0)),
             throw=throw,
         )
         assert sol.ys is not None
         return sol.ys[0] ** 2
 
-    gradient = lambda *args: eqx.filter_jit(jax.grad(loss))(jnp.array(1.0), *args)
+    def gradient(dt0, throw=True, every=None):
+        return eqx.filter_jit(jax.grad(loss))(jnp.array(1.0), dt0, throw, every)
+
     expected = 2 * np.exp(-40)
-    assert abs(gradient(0.01, True) - expected) < 0.05 * expected
+    assert abs(gradient(0.01) - expected) < 0.05 * expected
     with pytest.raises(eqx.EquinoxRuntimeError, match="gradients would be wrong"):
-        gradient(0.4, True)
-    assert np.isnan(gradient(0.4, False))
+        gradient(0.4)
+    assert np.isnan(gradient(0.4, throw=False))
+    assert abs(gradient(0.4, every=2) - expected) < 0.05 * expected
+
+
+@pytest.mark.parametrize(
+    "case",
+    ("two noises", pytest.param("ends early", marks=pytest.mark.slow)),
+)
+def test_states_that_are_pytrees(case):
+    """With an empty leaf, two noises, and a solve that ends before the last output."""
+    t0, t1, dt = 0.0, 1.0, 1 / 512
+    y0 = dict(a=jnp.array([0.5, -0.3]), b=[jnp.array(0.2), jnp.zeros((0, 2))])
+    params = dict(y0=y0, rate=jnp.array(0.7), scale=jnp.array([0.3, 0.2]))
+    like = lambda x: struct(x.shape, x.dtype)
+    scalars = jtu.tree_map(lambda x: struct((), x.dtype), y0)
+
+    def drift(t, y, args):
+        total = jnp.sum(y["a"]) + y["b"][0]
+        return jtu.tree_map(lambda x: jnp.sin(t + total) - args["rate"] * x, y)
+
+    def mixed(t, y, args):
+        return jtu.tree_map(lambda x: args["scale"][1] * jnp.cos(x) * y["b"][0], y)
+
+    def diagonal(t, y, args):
+        return lx.DiagonalLinearOperator(
+            jtu.tree_map(lambda x: args["scale"][0] * jnp.sin(x), y)
+        )
+
+    max_steps = 400 if case == "ends early" else 1024
+    saveat = diffrax.SaveAt(ts=jnp.array([0.25, 0.5, 1.0]))
+
+    @eqx.filter_jit
+    def gradient(adjoint):
+        def loss(params):
+            keys = jr.split(jr.key(3), 2)
+            path0 = BrownianInterval(t0, t1, jtu.tree_map(like, y0), keys[0], dt=dt)
+            path1 = BrownianInterval(t0, t1, scalars, keys[1], dt=dt)
+            terms = diffrax.MultiTerm(
+                diffrax.ODETerm(drift),
+                diffrax.ControlTerm(diagonal, path0),
+                diffrax.ControlTerm(mixed, path1),
+            )
+            sol = diffrax.diffeqsolve(
+                terms,
+                diffrax.Heun(),
+                t0,
+                t1,
+                dt,
+                params["y0"],
+                params,
+                saveat=saveat,
+                adjoint=adjoint,
+                max_steps=max_steps,
+                throw=False,
+            )
+            finite = jtu.tree_map(lambda x: jnp.where(jnp.isfinite(x), x, 0), sol.ys)
+            leaves = [jnp.sum(jnp.cos(x)) for x in jtu.tree_leaves(finite)]
+            return sum(leaves), sol.result
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(params)
+
+    (_, result), actual = gradient(adjoint)
+    assert (result == diffrax.RESULTS.successful) == (case == "two noises")
+    _, expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    assert 1e-7 < relative_error(actual, expected) < 0.03
+
+
+@pytest.mark.slow
+def test_edges():
+    """A solve of no length, one that starts from a NaN, and a second derivative."""
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=1 / 16)
+    terms = make_terms(lambda t, y, args: -y, lambda t, y, args: jnp.cos(y), path)
+
+    def loss(y0, t1):
+        sol = diffrax.diffeqsolve(
+            terms, diffrax.Heun(), 0.0, t1, 1 / 16, y0, adjoint=adjoint, throw=False
+        )
+        assert sol.ys is not None
+        return sol.ys[0] ** 2
+
+    gradient = jax.grad(loss)
+    assert gradient(jnp.array(3.0), 0.0) == 6
+    assert np.isnan(gradient(jnp.array(jnp.nan), 1.0))
+    with pytest.raises(Exception, match="does not support second derivatives"):
+        jax.grad(gradient)(jnp.array(3.0), 1.0)
+    with pytest.raises(Exception, match="forward-mode autodiff"):
+        jax.jvp(lambda y0: gradient(y0, 1.0), (jnp.array(3.0),), (jnp.array(1.0),))
 
 
 def test_unsupported():

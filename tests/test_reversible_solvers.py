@@ -295,6 +295,29 @@ def test_adaptive_steps():
     assert relative_error(gradient(solver, StochasticAdjoint()), expected) < 1e-10
 
 
+@pytest.mark.slow
+def test_wrapped_twice():
+    """Around a solver that is a wrapper itself; half of a step is exact in binary, as
+    noise is rough enough to magnify its rounding.
+    """
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=1 / 16)
+    terms = make_terms(lambda t, y, args: -y, lambda t, y, args: jnp.cos(y), path)
+
+    def gradient(adjoint):
+        def loss(y0):
+            solver = Reversible(diffrax.HalfSolver(diffrax.Heun()))
+            sol = diffrax.diffeqsolve(
+                terms, solver, 0.0, 1.0, 1 / 16, y0, adjoint=adjoint
+            )
+            assert sol.ys is not None
+            return sol.ys[0] ** 2
+
+        return jax.jit(jax.grad(loss))(jnp.array(0.5))
+
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    assert relative_error(gradient(StochasticAdjoint()), expected) < 1e-10
+
+
 def test_errors():
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         Reversible(diffrax.Heun(), coupling=0.0)
@@ -306,3 +329,5 @@ def test_errors():
     noise = diffrax.ControlTerm(lambda t, y, args: y, path)
     with pytest.raises(ValueError, match="ito_to_stratonovich"):
         diffrax.diffeqsolve(noise, Reversible(diffrax.Euler()), 0.0, 1.0, 0.1, 1.0)
+    with pytest.raises(ValueError, match="not marked as"):
+        diffrax.diffeqsolve(noise, Reversible(diffrax.Tsit5()), 0.0, 1.0, 0.1, 1.0)

@@ -43,6 +43,7 @@ class Reversible(
     AbstractReversibleSolver[_SolverState],
     AbstractForwardingSolver[_SolverState],
     diffrax.AbstractWrappedSolver[_SolverState],
+    diffrax.AbstractStratonovichSolver[_SolverState],
 ):
     r"""Makes any one-step solver reversible, at twice its cost.
 
@@ -117,13 +118,21 @@ class Reversible(
         args: Args,
     ) -> _SolverState:
         del t0, t1, args
+        name = type(self.solver).__name__
         if is_sde(terms) and is_kind(self.solver, diffrax.AbstractItoSolver):
             raise ValueError(
-                f"`Reversible({type(self.solver).__name__}())` would converge to "
-                "neither the Itô nor the Stratonovich solution, as it makes steps in "
-                "both directions of time. Convert the terms with "
-                "`diffrax_sde_adjoint.ito_to_stratonovich`, and use a solver that "
-                "converges to the Stratonovich solution."
+                f"`Reversible({name}())` would converge to neither the Itô nor the "
+                "Stratonovich solution, as it makes steps in both directions of time. "
+                "Convert the terms with `diffrax_sde_adjoint.ito_to_stratonovich`, and "
+                "use a solver that converges to the Stratonovich solution."
+            )
+        if is_sde(terms) and not is_kind(
+            self.solver, diffrax.AbstractStratonovichSolver
+        ):
+            raise ValueError(
+                f"`Reversible({name}())` is not for SDEs, as `{name}` is not marked as "
+                "converging to the Stratonovich solution. Wrap a solver that is, such "
+                "as `diffrax.Heun()`."
             )
         return y0
 
@@ -200,6 +209,6 @@ Reversible.__init__.__doc__ = """**Arguments:**
 
 `ValueError` if `coupling` is out of range, and for `diffrax.LeapfrogMidpoint` and the
 solvers for underdamped Langevin dynamics, as they are not one-step or not to be used
-backwards in time; and, when a solve starts, for a solver that converges to the Itô
-solution of an SDE.
+backwards in time; and, when the solve of an SDE starts, for a solver that is not for
+Stratonovich SDEs.
 """
