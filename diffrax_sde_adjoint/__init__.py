@@ -9,6 +9,8 @@ from ._ito import (
     ito_to_stratonovich as ito_to_stratonovich,
     stratonovich_to_ito as stratonovich_to_ito,
 )
+from ._path_kl import path_kl as path_kl, path_kl_of_shift as path_kl_of_shift
+from ._sensitivity import forward_sensitivity as forward_sensitivity
 from ._solver import (
     EES25 as EES25,
     EES27 as EES27,

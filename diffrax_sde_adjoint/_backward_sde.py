@@ -15,8 +15,8 @@ from ._compat import (
     save_y,
 )
 from ._controls import is_single_term
-from ._ito import check_independent, is_noise
 from ._lift import Role
+from ._noise import check_independent, is_noise
 from ._solver import Reversible, ReversibleHeun, is_kind
 from ._stages import without_loops
 

@@ -10,10 +10,7 @@ $\mathrm{d}y = f\,\mathrm{d}t + \sum_j g_j\,\mathrm{d}W^j \quad\text{(Itô)}
 Each summand is the derivative of `g_j` in the direction `g_j`: one JVP.
 """
 
-import itertools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -22,49 +19,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._compat import Args, RealScalarLike, WrapTerm, Y, is_sde
+from ._compat import Args, RealScalarLike, Y
 from ._controls import is_single_term
 from ._dependence import depends_on
-
-
-def is_noise(term: diffrax.AbstractTerm) -> bool:
-    """Whether a Brownian path drives the term. An error if it is not known how."""
-    inner = term.term if isinstance(term, WrapTerm) else term
-    if isinstance(inner, diffrax.ODETerm | diffrax.UnderdampedLangevinDriftTerm):
-        return False
-    if isinstance(inner, diffrax.UnderdampedLangevinDiffusionTerm):
-        return True
-    if isinstance(inner, diffrax.ControlTerm) and isinstance(
-        inner.control, diffrax.AbstractBrownianPath
-    ):
-        return True
-    if is_sde(inner):
-        raise ValueError(
-            "There is a Brownian path inside of a term, but not as its control, so "
-            "that it is not known what noise this is. Make the path the control, as in "
-            "`diffrax.ControlTerm(vector_field, path)`."
-        )
-    return False
-
-
-def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
-    """An error if two noises are known to have the same path."""
-    all_arrays = [
-        [x for x in jtu.tree_leaves(_control(noise)) if eqx.is_array(x)]
-        for noise in noises
-    ]
-    for arrays, others in itertools.combinations(all_arrays, 2):
-        if len(arrays) == len(others) > 0 and all(map(operator.is_, arrays, others)):
-            raise ValueError(
-                "Two terms have the same Brownian path. Their noises would be taken "
-                "for independent ones: make one `diffrax.ControlTerm` of them, whose "
-                "vector field is the sum of theirs."
-            )
-
-
-def _control(noise: diffrax.AbstractTerm) -> Any:
-    inner: Any = noise.term if isinstance(noise, WrapTerm) else noise
-    return inner.control
+from ._noise import check_independent, is_noise, without_path
 
 
 def correction(
@@ -116,31 +74,6 @@ def correction(
         out = jtu.tree_map(lambda x: 0.5 * jnp.sum(x, axis=0), out)
         total = out if total is None else jtu.tree_map(jnp.add, total, out)
     return total
-
-
-class _Shape(diffrax.AbstractPath):
-    """Of a path, no more than what its increments look like."""
-
-    t0: RealScalarLike
-    t1: RealScalarLike
-    leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
-    treedef: Any = eqx.field(static=True)
-
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        del t0, t1, left
-        zeros = [jnp.zeros(x.shape, x.dtype) for x in self.leaves]
-        return jtu.tree_unflatten(self.treedef, zeros)
-
-
-def _without_path(noise: diffrax.AbstractTerm) -> diffrax.ControlTerm:
-    assert isinstance(noise, diffrax.ControlTerm)
-    path = noise.control
-    struct = eqx.filter_eval_shape(path.evaluate, path.t0, path.t0)
-    leaves, treedef = jtu.tree_flatten(struct)
-    shape = _Shape(path.t0, path.t0, tuple(leaves), treedef)
-    return diffrax.ControlTerm(noise.vector_field, shape)
 
 
 class _CorrectedDrift(eqx.Module):
@@ -281,7 +214,7 @@ def _convert(
         )
     noises = [x for x in leaves if is_noise(x)]
     check_independent(noises)
-    noises = [_without_path(x) for x in noises]
+    noises = [without_path(x) for x in noises]
     is_drift = [type(x) is diffrax.ODETerm for x in leaves]
     first = is_drift.index(True) if True in is_drift else None
     drift = None if first is None else leaves[first].vector_field

@@ -24,7 +24,9 @@ def make_loss(solver, saveat, **kwargs):
         args = dict(rate=x[0], level=x[1])
 
         def solve(key):
-            path = BrownianInterval(0.0, 1.0, shape, key, dt=0.1)
+            path = BrownianInterval(
+                0.0, 1.0, shape, key, dt=0.1, levy_area=diffrax.SpaceTimeLevyArea
+            )
             return diffrax.diffeqsolve(
                 make_terms(drift, diffusion, path),
                 solver,

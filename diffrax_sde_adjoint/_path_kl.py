@@ -1,0 +1,466 @@
+r"""The Kullback-Leibler divergence between the laws of two SDEs, along a solve.
+
+Let the posterior $Q$ and the prior $P$ be the laws of
+
+$\mathrm{d}y = f_Q\,\mathrm{d}t + g\,\mathrm{d}W$ and
+$\mathrm{d}y = f_P\,\mathrm{d}t + g\,\mathrm{d}W$,
+
+with the same diffusion, and let $g u = f_Q - f_P$. By Girsanov's theorem, along a
+solution of the first,
+
+$\log\frac{\mathrm{d}Q}{\mathrm{d}P} = \frac{1}{2} \int |u|^2\,\mathrm{d}t
++ \int u^\top\,\mathrm{d}W,$
+
+where the second integral is an Itô integral and so has no expectation: the divergence
+is that of the first. Either is one more number of the state, with a drift and, for the
+second, a diffusion of its own. Whether the SDEs are meant in the sense of Itô or of
+Stratonovich makes no difference to $u$, as it does not to the difference of drifts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from ._compat import VF, Args, RealScalarLike, Y
+from ._controls import is_single_term
+from ._ito import correction
+from ._noise import check_independent, is_noise, without_path
+
+
+_Divergence: TypeAlias = Float[Array, "..."]
+_Sense: TypeAlias = Literal["ito", "stratonovich"]
+_Drift: TypeAlias = Callable[[RealScalarLike, Y, Args], Y]
+
+_singular = (
+    "`path_kl`: the difference between the drift of the posterior and that of the "
+    "prior is not in the range of the diffusion, for example as this is zero, so that "
+    "the divergence would be infinite. Keep the diffusion away from zero; or write the "
+    "posterior as what the noise can do, with `path_kl_of_shift`."
+)
+
+# The product of a `ControlTerm`, which is the same for all.
+_product = diffrax.ControlTerm(lambda t, y, args: None, lambda t0, t1: None).prod
+
+
+class _Augmented(lx.AbstractLinearOperator):
+    """A vector field `vf` of the solution, and a linear form for the divergence."""
+
+    vf: VF
+    form: PyTree[Array] | None
+    divergence: _Divergence
+    leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
+    treedef: Any = eqx.field(static=True)
+
+    def mv(self, vector: PyTree[Array]) -> tuple[Y, _Divergence]:
+        out = jnp.zeros_like(self.divergence)
+        if self.form is not None:
+            products = jtu.tree_map(lambda u, x: u * x, self.form, vector)
+            out = _sum_like(products, self.divergence)
+        return _product(self.vf, vector), out
+
+    def as_matrix(self) -> Float[Array, "out in"]:
+        zero, unravel = jfu.ravel_pytree(
+            jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), self.in_structure())
+        )
+        mv = lambda x: jfu.ravel_pytree(self.mv(unravel(x)))[0]
+        return jax.jacfwd(mv)(zero)
+
+    def transpose(self) -> lx.AbstractLinearOperator:
+        return lx.FunctionLinearOperator(self.mv, self.in_structure()).T
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return jtu.tree_unflatten(self.treedef, self.leaves)
+
+    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return eqx.filter_eval_shape(self.mv, self.in_structure())
+
+
+for _is in (
+    lx.is_symmetric,
+    lx.is_diagonal,
+    lx.is_tridiagonal,
+    lx.is_lower_triangular,
+    lx.is_upper_triangular,
+    lx.is_positive_semidefinite,
+    lx.is_negative_semidefinite,
+    lx.has_unit_diagonal,
+):
+    _is.register(_Augmented)(lambda operator: False)
+
+
+def _sum_like(tree: PyTree[Array], divergence: _Divergence) -> _Divergence:
+    """The sum over all leaves and all axes behind those of the divergence."""
+    num_axes = divergence.ndim
+    total = jnp.zeros_like(divergence)
+    for x in jtu.tree_leaves(tree):
+        if x.shape[:num_axes] != divergence.shape:
+            raise ValueError(
+                f"The divergence in `y0 = (y, divergence)` is of shape "
+                f"{divergence.shape}, which should be `()`, or the first axes of each "
+                f"array of noise, such as those of a batch. But one has {x.shape}."
+            )
+        axes = tuple(range(num_axes, x.ndim))
+        total = total + jnp.sum(x, axis=axes).astype(total.dtype)
+    return total
+
+
+def _add(*trees: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
+
+
+class _Shift(eqx.Module):
+    """By what the noise of the prior is moved to have the posterior: `u`, for each of
+    the noises. It is given, or what moves the drift from one to the other.
+    """
+
+    drifts: Sequence[_Drift]
+    noises: Sequence[diffrax.ControlTerm]
+    prior: _Drift | None
+    shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]] | None
+    throw: bool = eqx.field(static=True)
+
+    def __call__(
+        self, t: RealScalarLike, y: Y, args: Args, divergence: _Divergence
+    ) -> tuple[list[PyTree[Array]], _Divergence | None]:
+        """Also, if this is known, where the divergence would be infinite."""
+        if self.shift is not None:
+            u = self.shift(t, y, args)
+            return ([u] if len(self.noises) == 1 else list(u)), None
+        assert self.prior is not None
+        posterior = _add(*(drift(t, y, args) for drift in self.drifts))
+        prior = self.prior(t, y, args)
+        difference = jtu.tree_map(jnp.subtract, posterior, prior)
+        size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
+        vfs = [noise.vf(t, y, args) for noise in self.noises]
+        structs = [eqx.filter_eval_shape(noise.contr, t, t) for noise in self.noises]
+        diagonal = _diagonal(vfs, structs, difference)
+        if diagonal is None:
+            if divergence.ndim > 0:
+                raise ValueError(
+                    "`path_kl` supports a batch in one state, with a divergence for "
+                    "each of its elements, for diagonal noise only (as a "
+                    "`lineax.DiagonalLinearOperator`). Use `jax.vmap` instead."
+                )
+            u, product = _least_squares(vfs, structs, difference)
+            largest = jnp.max(jnp.stack([jnp.max(x) for x in _nonempty(size)]))
+            size = jtu.tree_map(lambda x: largest.astype(x.dtype), size)
+        else:
+            u = [jtu.tree_map(_divide, difference, diagonal)]
+            product = jtu.tree_map(jnp.multiply, diagonal, *u)
+        is_off = jtu.tree_map(_is_off, product, difference, size)
+        if self.throw:
+            is_any = jnp.array(False)
+            for x in jtu.tree_leaves(is_off):
+                is_any = is_any | jnp.any(x)
+            return eqx.error_if(u, is_any, _singular), None
+        if diagonal is None:
+            is_off = jtu.tree_map(jnp.any, is_off)
+        return u, _sum_like(is_off, divergence)
+
+
+def _nonempty(tree: PyTree[Array]) -> list[Array]:
+    return [x for x in jtu.tree_leaves(tree) if x.size > 0]
+
+
+def _is_off(
+    product: Float[Array, "..."],
+    difference: Float[Array, "..."],
+    size: Float[Array, "..."],
+) -> Array:
+    eps = float(jnp.finfo(size.dtype).eps)
+    return jnp.abs(product - difference) > eps**0.5 * size
+
+
+def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Zero, also in its derivatives, where `y` is."""
+    is_zero = y == 0
+    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+
+
+def _diagonal(
+    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], like: Y
+) -> Y | None:
+    """The diffusion, if it is diagonal."""
+    if len(vfs) > 1:
+        return None
+    (vf,), (struct,) = vfs, structs
+    if isinstance(vf, lx.DiagonalLinearOperator):
+        return vf.diagonal
+    # Of numbers, as plain arrays.
+    are_numbers = jtu.tree_structure(struct) == jtu.tree_structure(like) and all(
+        x.shape == () for x in (*jtu.tree_leaves(struct), *jtu.tree_leaves(like))
+    )
+    if are_numbers and not isinstance(vf, lx.AbstractLinearOperator):
+        return vf
+    return None
+
+
+def _least_squares(
+    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], difference: Y
+) -> tuple[list[PyTree[Array]], Y]:
+    """The smallest `u` that comes closest to the difference, and what it comes to."""
+    product = lambda u: _add(*map(_product, vfs, u))
+    operator = lx.FunctionLinearOperator(product, structs)
+    solver = lx.AutoLinearSolver(well_posed=False)
+    u = lx.linear_solve(operator, difference, solver).value
+    return u, product(u)
+
+
+class _AugmentedDrift(eqx.Module):
+    """The drift of the solution, and that of the divergence."""
+
+    drift: _Drift | None
+    shift: _Shift | None
+    noises: Sequence[diffrax.ControlTerm]
+
+    def __call__(
+        self, t: RealScalarLike, y_and_divergence: tuple[Y, _Divergence], args: Args
+    ) -> tuple[Y, _Divergence]:
+        y, divergence = y_and_divergence
+        if self.drift is None:
+            out = jtu.tree_map(jnp.zeros_like, y)
+        else:
+            out = self.drift(t, y, args)
+        if self.shift is None:
+            return out, jnp.zeros_like(divergence)
+        u, is_infinite = self.shift(t, y, args, divergence)
+        if self.shift.shift is not None:
+            for noise, x in zip(self.shift.noises, u, strict=True):
+                out = _add(out, noise.vf_prod(t, y, args, x))
+        rate = _sum_like(jtu.tree_map(lambda x: 0.5 * x**2, u), divergence)
+        if is_infinite is not None:
+            rate = jnp.where(is_infinite > 0, jnp.nan, rate)
+        for noise in self.noises:
+            change = correction(noise, t, y_and_divergence, args)
+            if change is not None:
+                rate = rate - change[1]
+        return out, rate
+
+
+class _AugmentedDiffusion(eqx.Module):
+    """The diffusion of the solution, and that of the divergence, if it has one."""
+
+    noise: diffrax.ControlTerm
+    shift: _Shift | None
+    index: int | None = eqx.field(static=True)
+
+    def __call__(
+        self, t: RealScalarLike, y_and_divergence: tuple[Y, _Divergence], args: Args
+    ) -> _Augmented:
+        y, divergence = y_and_divergence
+        vf = self.noise.vf(t, y, args)
+        form = None
+        if self.shift is not None:
+            assert self.index is not None
+            u, _ = self.shift(t, y, args, divergence)
+            form = u[self.index]
+        struct = eqx.filter_eval_shape(self.noise.contr, t, t)
+        leaves, treedef = jtu.tree_flatten(struct)
+        return _Augmented(vf, form, divergence, tuple(leaves), treedef)
+
+
+def path_kl(
+    terms: PyTree[diffrax.AbstractTerm],
+    prior: Callable[[RealScalarLike, Y, Args], Y],
+    *,
+    log_ratio: _Sense | None = None,
+    throw: bool = True,
+) -> diffrax.MultiTerm:
+    r"""Terms that also carry how far their law is from that of a prior: the
+    Kullback-Leibler divergence on the space of paths, which is what a latent SDE adds
+    to its loss.
+
+    ```python
+    posterior = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
+    sol = diffeqsolve(
+        path_kl(posterior, prior_drift), solver, t0, t1, dt0, (y0, jnp.array(0.0)), args
+    )
+    ys, divergence = sol.ys
+    ```
+
+    The state is a pair of that of `terms`, any PyTree, and of the divergence so far,
+    which grows at the rate $\frac{1}{2} |u|^2$ with $g u = f_Q - f_P$. Here $f_Q$ is
+    the drift of `terms`, $f_P$ that of the prior, and $g$ the diffusion of both. This
+    is the integral along one path; its mean over paths is the divergence between the
+    two laws, given that they start in the same state. (The divergence of the initial
+    distributions is to be added.) What an interval adds is the difference of what is
+    saved at its ends.
+
+    - *Noise*: diagonal noise (`lineax.DiagonalLinearOperator`; or scalar states and
+        noise) takes a division. Any other, such as scalar, additive or general noise,
+        of one path or several, takes the smallest $u$ of a least-squares problem, by a
+        singular value decomposition (`lineax.SVD`) of the diffusion.
+    - *Zero or singular diffusion*: where $f_Q - f_P$ is zero to rounding in what the
+        noise does not reach, $u$ is zero in it. Elsewhere the divergence would be
+        infinite, and an error is raised.
+    - *Batches*: in a state that is a batch with diagonal noise, the divergence may be
+        one of each element: then its shape is that of the first axes of the noise.
+    - *Solvers*: any that takes the terms, in the sense (Itô or Stratonovich) that they
+        are meant in; and any adjoint. Convert Itô models afterwards, as in
+        `ito_to_stratonovich(path_kl(terms, prior))`. An adaptive step size controller
+        sees the divergence as part of the state.
+
+    **Arguments:**
+
+    - `terms`: those of the posterior: a [`diffrax.MultiTerm`][] of
+        [`diffrax.ODETerm`][] and [`diffrax.ControlTerm`][] of independent Brownian
+        paths, or one of the latter. Terms with other controls belong to both laws.
+    - `prior`: the drift of the prior, a function of `(t, y, args)` as that of a
+        [`diffrax.ODETerm`][].
+    - `log_ratio`: carry the whole logarithm of the density of the posterior with
+        respect to the prior, $\frac{1}{2} \int |u|^2\,\mathrm{d}t + \int u^\top
+        \mathrm{d}W$, as for importance weights. By default there is just the first
+        integral, whose mean is the same and whose variance is smaller. The second one
+        is an Itô integral, whichever the solver; so this must be the sense that `terms`
+        will be solved in, which cannot be seen here: `"ito"` or `"stratonovich"`.
+    - `throw`: raise an error where the divergence would be infinite. If `False`, it is
+        NaN from there on, and not infinity.
+
+    **Returns:**
+
+    A [`diffrax.MultiTerm`][] of as many terms as there were, or one more if there was
+    no [`diffrax.ODETerm`][], which is then at the front.
+
+    **Raises:**
+
+    `ValueError` if `terms` holds other kinds of terms, no Brownian path, or two of the
+    same; if `log_ratio` is something else; and, when the drift is evaluated, if the
+    divergence does not have one of the shapes above. A runtime error if the divergence
+    would be infinite.
+
+    **Cost:**
+
+    Each evaluation of the drift makes one each of the drift of the prior and of the
+    diffusion. With `log_ratio="stratonovich"` it also makes one JVP of them for each
+    number of the noise, for the difference between the two kinds of integral.
+
+    !!! note
+
+        The result refers to what is in the vector fields of `terms` more than once. To
+        differentiate with respect to arrays inside of terms, call this inside of the
+        function that is differentiated.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{li2020scalable,
+            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
+                    Duvenaud, David},
+            title={{S}calable {G}radients for {S}tochastic {D}ifferential
+                   {E}quations},
+            booktitle={International Conference on Artificial Intelligence and
+                       Statistics},
+            year={2020},
+            note={Section 5}
+        }
+        ```
+    """
+    make_shift = lambda drifts, noises: _Shift(drifts, noises, prior, None, throw)
+    return _augment(terms, make_shift, log_ratio, "path_kl")
+
+
+def path_kl_of_shift(
+    terms: PyTree[diffrax.AbstractTerm],
+    shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]],
+    *,
+    log_ratio: _Sense | None = None,
+) -> diffrax.MultiTerm:
+    r"""Terms of the posterior that a prior becomes as its noise is given a drift, with
+    the divergence between them.
+
+    As [`diffrax_sde_adjoint.path_kl`][], but `terms` are those of the prior, and the
+    drift of the posterior is $f_P + g u$ for a given $u$ (a shift of Wiener space, as
+    in Cameron and Martin's theorem). Every such posterior has a finite divergence,
+    whatever the diffusion, and there is nothing to be solved or checked.
+
+    **Arguments:**
+
+    - `terms`: those of the prior, as for [`diffrax_sde_adjoint.path_kl`][].
+    - `shift`: $u$, a function of `(t, y, args)` with the structure of an increment of
+        the Brownian path; if there is more than one, a tuple or list of them in the
+        order of `terms`.
+    - `log_ratio`: as for [`diffrax_sde_adjoint.path_kl`][].
+
+    **Returns:**
+
+    A [`diffrax.MultiTerm`][], as [`diffrax_sde_adjoint.path_kl`][], for the same pair
+    of a state.
+
+    **Raises:**
+
+    As [`diffrax_sde_adjoint.path_kl`][]; there is no runtime error.
+
+    **Cost:**
+
+    Each evaluation of the drift makes one of the shift, and one of the diffusion. With
+    `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
+    noise.
+    """
+    make_shift = lambda drifts, noises: _Shift(drifts, noises, None, shift, False)
+    return _augment(terms, make_shift, log_ratio, "path_kl_of_shift")
+
+
+def _augment(
+    terms: PyTree[diffrax.AbstractTerm],
+    make_shift: Callable[[list[_Drift], list[diffrax.ControlTerm]], _Shift],
+    log_ratio: str | None,
+    name: str,
+) -> diffrax.MultiTerm:
+    if log_ratio not in (None, *get_args(_Sense)):
+        raise ValueError(
+            f"`{name}(..., log_ratio=...)` is the sense in which the terms are solved, "
+            f'`"ito"` or `"stratonovich"`, or `None`, but is `{log_ratio!r}`.'
+        )
+    leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    for leaf in leaves:
+        if not isinstance(leaf, diffrax.ODETerm | diffrax.ControlTerm):
+            raise ValueError(
+                f"`{name}(terms, ...)` must consist of `diffrax.ODETerm` and "
+                f"`diffrax.ControlTerm`, but there is a `{type(leaf).__name__}`."
+            )
+    noises = [x for x in leaves if is_noise(x)]
+    if len(noises) == 0:
+        raise ValueError(
+            f"`{name}(terms, ...)` must have a term that is driven by a Brownian path: "
+            "otherwise no two laws have a finite divergence, but equal ones."
+        )
+    check_independent(noises)
+    drifts = [x.vector_field for x in leaves if isinstance(x, diffrax.ODETerm)]
+    shift = make_shift(drifts, [without_path(x) for x in noises])
+
+    def diffusion(term: diffrax.ControlTerm) -> _AugmentedDiffusion:
+        index = next((i for i, x in enumerate(noises) if x is term), None)
+        is_form = index is not None and log_ratio is not None
+        return _AugmentedDiffusion(
+            without_path(term), shift if is_form else None, index
+        )
+
+    corrected = []
+    if log_ratio == "stratonovich":
+        corrected = [
+            diffrax.ControlTerm(diffusion(x), without_path(x).control) for x in noises
+        ]
+    augmented = []
+    if len(drifts) == 0:
+        augmented.append(diffrax.ODETerm(_AugmentedDrift(None, shift, corrected)))
+    is_first = True
+    for leaf in leaves:
+        if isinstance(leaf, diffrax.ControlTerm):
+            new = diffrax.ControlTerm(diffusion(leaf), leaf.control)
+        else:
+            new = diffrax.ODETerm(
+                _AugmentedDrift(
+                    leaf.vector_field, shift if is_first else None, corrected
+                )
+            )
+            is_first = False
+        augmented.append(new)
+    return diffrax.MultiTerm(*augmented)

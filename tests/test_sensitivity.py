@@ -1,0 +1,150 @@
+"""Derivatives of a solution, solved forwards with it."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import pytest
+from helpers import make_system, make_terms, noise_shapes, relative_error, struct
+
+from diffrax_sde_adjoint import (
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+    forward_sensitivity,
+    ito_to_stratonovich,
+)
+
+
+solvers = {
+    "Heun": diffrax.Heun(),
+    "ReversibleHeun": ReversibleHeun(),
+    "StratonovichMilstein": diffrax.StratonovichMilstein(),
+    "Euler": diffrax.Euler(),
+    "ItoMilstein": diffrax.ItoMilstein(),
+    "SPaRK": diffrax.SPaRK(),
+    "ShARK": diffrax.ShARK(),
+}
+
+
+def cases():
+    for noise in noise_shapes:
+        for solver in solvers:
+            if solver == "ShARK" and noise != "additive":
+                continue
+            is_default = (noise, solver) in (
+                ("general", "ReversibleHeun"),
+                ("diagonal", "ItoMilstein"),
+            )
+            marks = () if is_default else pytest.mark.slow
+            yield pytest.param(noise, solver, marks=marks, id=f"{noise}-{solver}")
+
+
+def make_problem(noise, dtype, levy_area=diffrax.BrownianIncrement):
+    drift, diffusion, y0, args = make_system(noise, dtype)
+    t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 1 / 16))
+    shape = struct(noise_shapes[noise], dtype)
+    path = BrownianInterval(t0, t1, shape, jr.key(0), dt=dt, levy_area=levy_area)
+
+    def solve(terms, solver, y0, args, **kwargs):
+        sol = diffrax.diffeqsolve(
+            terms,
+            solver,
+            t0,
+            t1,
+            dt,
+            y0,
+            args,
+            saveat=diffrax.SaveAt(ts=jnp.array([0.3, 1.0], dtype)),
+            **kwargs,
+        )
+        assert sol.ys is not None
+        return sol.ys
+
+    normal = lambda key, *shape: jr.normal(jr.key(key), shape, dtype)
+    dot_y0 = normal(1, 3, 2)
+    dot_args = dict(rate=normal(2, 3), level=normal(3, 3))
+    return solve, make_terms(drift, diffusion, path), (y0, dot_y0), (args, dot_args)
+
+
+@pytest.mark.parametrize(
+    "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
+)
+@pytest.mark.parametrize("noise,name", [*cases()])
+def test_equals_jvp(noise, name, dtype):
+    if name == "ItoMilstein" and dtype == jnp.float32:
+        pytest.skip("diffrax's `ItoMilstein` mixes float32 and float64")
+    needs_levy_area = name in ("SPaRK", "ShARK")
+    levy_area = diffrax.SpaceTimeLevyArea if needs_levy_area else None
+    solve, terms, (y0, dot_y0), (args, dot_args) = make_problem(
+        noise, dtype, levy_area or diffrax.BrownianIncrement
+    )
+    solver = solvers[name]
+
+    @jax.jit
+    def both(y0, args):
+        actual = solve(
+            forward_sensitivity(terms), solver, (y0, dot_y0), (args, dot_args)
+        )
+
+        def jvp(*tangents):
+            fn = lambda *x: solve(terms, solver, *x, adjoint=diffrax.ForwardMode())
+            return jax.jvp(fn, (y0, args), tangents)
+
+        return actual, jax.vmap(jvp, out_axes=(None, 1))(dot_y0, dot_args)
+
+    (ys, dot_ys), (expected_ys, expected_dot_ys) = both(y0, args)
+    tol = 1e-12 if dtype == jnp.float64 else 1e-5
+    assert relative_error(ys, expected_ys) < tol
+    assert relative_error(dot_ys, expected_dot_ys) < tol
+
+
+def test_of_an_ito_model_and_differentiated():
+    """The gradient of a sensitivity is a second derivative."""
+    solve, terms, (y0, _), (args, _) = make_problem("diagonal", jnp.float64)
+    eye = jnp.eye(2)
+
+    @jax.jit
+    @jax.jacfwd
+    def expected(y0):
+        def of_one(y0):
+            ys = solve(
+                ito_to_stratonovich(terms),
+                ReversibleHeun(),
+                y0,
+                args,
+                adjoint=diffrax.ForwardMode(),
+            )
+            return jnp.sum(ys[-1])
+
+        return jax.jacfwd(of_one)(y0)
+
+    @jax.jit
+    def actual(y0):
+        def gradient(y0):
+            converted = forward_sensitivity(ito_to_stratonovich(terms))
+            _, dot_ys = solve(
+                converted,
+                ReversibleHeun(),
+                (y0, eye),
+                (args, None),
+                adjoint=StochasticAdjoint(),
+            )
+            return jnp.sum(dot_ys[-1], axis=1)
+
+        return jax.jacrev(gradient)(y0)
+
+    assert relative_error(actual(y0), expected(y0)) < 1e-9
+
+
+def test_errors():
+    solve, terms, (y0, dot_y0), (args, dot_args) = make_problem("scalar", jnp.float64)
+    run = lambda *x: solve(forward_sensitivity(terms), diffrax.Heun(), *x)
+    with pytest.raises(ValueError, match="`y0 = \\(y0, dot_y0\\)`"):
+        run((y0, dot_y0[0]), (args, dot_args))
+    with pytest.raises(ValueError, match="`args = \\(args, dot_args\\)`"):
+        wrong = jtu.tree_map(lambda x: x[0], dot_args)
+        run((y0, dot_y0), (args, wrong))
+    with pytest.raises(ValueError, match="must be a term"):
+        forward_sensitivity((terms,))  # pyright: ignore
