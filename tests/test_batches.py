@@ -155,7 +155,7 @@ def assert_equal_gradients_where_defined(solver, y0, t1s, rate, saveat):
 
     gradient = eqx.filter_jit(eqx.filter_grad(loss))
     ours = gradient(jnp.array(rate), StochasticAdjoint())
-    theirs = gradient(jnp.array(rate), diffrax.RecursiveCheckpointAdjoint())
+    theirs = gradient(jnp.array(rate), diffrax.DirectAdjoint())
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
