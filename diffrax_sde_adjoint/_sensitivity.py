@@ -70,10 +70,16 @@ class _Sensitivity(diffrax.AbstractTerm):
         dot_y = _check(y, dot_y, "y0 = (y0, dot_y0)")
 
         def push_forward(dot_y, dot_args):
-            return eqx.filter_jvp(
+            out, dot_out = eqx.filter_jvp(
                 lambda y, diff_args: fn(y, eqx.combine(diff_args, nondiff_args)),
                 (y, diff_args),
                 (dot_y, dot_args),
+            )
+            # Where nothing moves, there is `None`.
+            return out, jtu.tree_map(
+                lambda x, dot_x: jnp.zeros_like(x) if dot_x is None else dot_x,
+                out,
+                dot_out,
             )
 
         return eqx.filter_vmap(push_forward, out_axes=(None, eqx.if_array(0)))(

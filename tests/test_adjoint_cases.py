@@ -396,7 +396,6 @@ cases = {
 by_default = (
     "SPaRK",
     "ReversibleHeun, root event",
-    "backward, PID, subs",
     "f32 replay",
     "times, Heun, clip, steps",
 )

@@ -124,7 +124,7 @@ _ts = (0.0, 0.25, 0.25, 0.4999, 1.0)
     "case",
     (
         "general",
-        "float32",
+        pytest.param("float32", marks=pytest.mark.slow),
         pytest.param("backward in time", marks=pytest.mark.slow),
         pytest.param("checkpoint_every", marks=pytest.mark.slow),
         pytest.param("subs", marks=pytest.mark.slow),

@@ -144,7 +144,9 @@ def test_joint_law(grid, num, dtype):
         assert scipy.stats.kstest(x, "norm").pvalue > 1e-6
 
 
-@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize(
+    "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
+)
 def test_entries_and_leaves_are_independent(dtype):
     shape = (struct((3,), dtype), {"x": struct((2, 2), dtype)})
 

@@ -34,3 +34,30 @@ def test_latent_sde(example, tmp_path):
 
     with pytest.raises(ValueError, match="is of a run with"):
         latent_sde.main(**small, seed=1, out=tmp_path, resume=checkpoint)
+
+
+def test_dlgm_diffusion_limit(example, tmp_path):
+    scores = example("dlgm_diffusion_limit").main(
+        steps=50,
+        batch=16,
+        width=4,
+        layers=(2,),
+        all_steps=(4, 16, 64),
+        measured=((2, 4),),
+        out=tmp_path,
+    )
+    for name in ("2 layers", "SDE"):
+        first, last = (scores[f"loss: {x} 10 steps: {name}"] for x in ("first", "last"))
+        assert last < 0.95 * first
+    # The paper's two estimators are the same; and in the limit, all three.
+    distance = lambda name, n: scores[f"distance: {name}: {n} steps"]
+    backpropagation, flow, ours = (
+        "backpropagation through Euler",
+        "stochastic flow, forwards",
+        "StochasticAdjoint, reversible Heun",
+    )
+    for n in (4, 16, 64):
+        assert abs(distance(flow, n) - distance(backpropagation, n)) < 1e-4
+    assert distance(backpropagation, 64) < 0.5 * distance(backpropagation, 4)
+    assert distance(ours, 16) < distance(ours, 4)
+    assert (tmp_path / "dlgm_diffusion_limit.png").stat().st_size > 10_000

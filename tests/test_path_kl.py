@@ -211,16 +211,9 @@ def test_log_ratio(solver, sense):
     assert abs(jnp.mean(weights) - 1) < 4 * jnp.std(weights) / 64
 
 
-@pytest.mark.parametrize(
-    "noise",
-    [
-        pytest.param(x, marks=() if x == "general" else pytest.mark.slow)
-        for x in noise_shapes
-    ],
-)
-@pytest.mark.parametrize(
-    "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", noise_shapes)
+@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
 def test_shifts_and_adjoints(noise, dtype):
     """A posterior given by its drift and by the shift of the noise is the same, if that
     is the smallest one. All adjoints agree, and so do batches.
@@ -278,7 +271,7 @@ def test_shifts_and_adjoints(noise, dtype):
     for is_shift in (True, False):
         actual = gradient(args, StochasticAdjoint(), is_shift)
         assert relative_error(actual, expected) < tol
-    if dtype == jnp.float64 and noise != "general":
+    if dtype == jnp.float64:
         backward = StochasticAdjoint(backward=BackwardSDE())
         assert 1e-7 < relative_error(gradient(args, backward, False), expected) < 0.2
 

@@ -97,7 +97,9 @@ def test_hessian_with_times(solver):
     assert relative_error(hessian(StochasticAdjoint()), direct) < 1e-10
 
 
-@pytest.mark.parametrize("jit", (lambda f: f, jax.jit))
+@pytest.mark.parametrize(
+    "jit", (pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit)
+)
 def test_mixed_derivative(jit):
     """The outer derivative is one that the inner one knows nothing of."""
 

@@ -138,6 +138,26 @@ def test_of_an_ito_model_and_differentiated():
     assert relative_error(actual(y0), expected(y0)) < 1e-9
 
 
+def test_noise_that_nothing_moves():
+    """Derivatives are zero where a term depends on nothing that has a direction."""
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=1 / 4)
+    terms = make_terms(
+        lambda t, y, args: -args * y, lambda t, y, args: jnp.array(0.5), path
+    )
+    sol = diffrax.diffeqsolve(
+        forward_sensitivity(terms),
+        diffrax.Heun(),
+        0.0,
+        1.0,
+        1 / 4,
+        (jnp.array(1.0), jnp.ones(1)),
+        (jnp.array(0.7), None),
+    )
+    assert sol.ys is not None
+    expected = (1 - 0.7 / 4 + (0.7 / 4) ** 2 / 2) ** 4
+    assert abs(sol.ys[1][0, 0] - expected) < 1e-12
+
+
 def test_errors():
     solve, terms, (y0, dot_y0), (args, dot_args) = make_problem("scalar", jnp.float64)
     run = lambda *x: solve(forward_sensitivity(terms), diffrax.Heun(), *x)

@@ -1,0 +1,471 @@
+"""Deep latent Gaussian models, and the neural SDE that they become with more layers.
+
+Tzen and Raginsky, "Neural stochastic differential equations: deep latent Gaussian
+models in the diffusion limit" (2019), https://arxiv.org/abs/1905.09883. The latent
+variable of such a model goes through `K` layers, each of which adds a small step and
+Gaussian noise:
+
+    x[k + 1] = x[k] + b(x[k], k / K) / K + s z[k] / sqrt(K),    y = x[K] + 0.1 z[K].
+
+As `K` grows, this becomes the SDE `dx = b(x, t) dt + s dW`. The variational posterior
+is mean-field: given `y`, the noise has a drift `u(y, t)` that knows nothing of `x`, and
+the divergence from the prior is that of Girsanov's theorem. Chains of growing `K` and
+the SDE are trained on the same data; and gradients of the SDE's free energy are made in
+the paper's two ways, and in ours.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from diffrax import (
+    AbstractAdjoint,
+    AbstractSolver,
+    AbstractTerm,
+    ControlTerm,
+    Euler,
+    MultiTerm,
+    ODETerm,
+    RecursiveCheckpointAdjoint,
+    diffeqsolve,
+)
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+from diffrax_sde_adjoint import (
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+    forward_sensitivity,
+    path_kl_of_shift,
+)
+
+
+DIM, NOISE, FINE = 2, 0.1, 64
+float32 = jnp.float32
+
+
+def spiral(num: int, key: PRNGKeyArray) -> Float[Array, "num 2"]:
+    """Two arms, with some width."""
+    arm_key, angle_key, noise_key = jr.split(key, 3)
+    angle = 3 * jnp.pi * jnp.sqrt(jr.uniform(angle_key, (num,), float32))
+    sign = jnp.sign(jr.uniform(arm_key, (num,), float32) - 0.5)
+    arm = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    arm = arm * (0.2 * angle * sign)[:, None]
+    return arm + 0.05 * jr.normal(noise_key, arm.shape, float32)
+
+
+class Model(eqx.Module):
+    """The drift of the prior, the posterior's of the noise, and the scale of noise."""
+
+    b: eqx.nn.MLP
+    u: eqx.nn.MLP
+    log_scale: Float[Array, " 2"]
+
+    def __init__(self, width: int, key: PRNGKeyArray):
+        b_key, u_key = jr.split(key)
+        mlp = lambda key: eqx.nn.MLP(
+            DIM + 1, DIM, width, 2, jnp.tanh, dtype=float32, key=key
+        )
+        self.b, self.u = mlp(b_key), mlp(u_key)
+        self.log_scale = jnp.zeros(DIM, float32)
+
+    def drift(self, t, x: Float[Array, "batch 2"]) -> Float[Array, "batch 2"]:
+        return 3 * jax.vmap(self.b)(_with_time(t, x))
+
+    def shift(self, t, y: Float[Array, "batch 2"]) -> Float[Array, "batch 2"]:
+        return 3 * jax.vmap(self.u)(_with_time(t, y))
+
+
+def _with_time(t, x):
+    return jnp.concatenate([x, jnp.full((len(x), 1), t, x.dtype)], axis=-1)
+
+
+def minus_log_likelihood(x: Float[Array, "batch 2"], y: Float[Array, "batch 2"]):
+    error = jnp.sum((y - x) ** 2, axis=-1) / NOISE**2
+    return 0.5 * error + DIM * math.log(NOISE * math.sqrt(2 * math.pi))
+
+
+def chain_free_energy(
+    model: Model, y: Float[Array, "batch 2"], layers: int, key: PRNGKeyArray
+) -> Float[Array, ""]:
+    """Of the deep latent Gaussian model."""
+    scale = jnp.exp(model.log_scale)
+
+    def layer(carry, k):
+        x, divergence = carry
+        t, h = k.astype(float32) / layers, 1 / layers
+        u = model.shift(t, y)
+        z = jr.normal(jr.fold_in(key, k), x.shape, float32)
+        x = x + h * (model.drift(t, x) + scale * u) + scale * z * h**0.5
+        return (x, divergence + 0.5 * h * jnp.sum(u**2, axis=-1)), None
+
+    start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
+    (x, divergence), _ = jax.lax.scan(layer, start, jnp.arange(layers))
+    return jnp.mean(divergence + minus_log_likelihood(x, y))
+
+
+def make_terms(y: Float[Array, "batch 2"], key: PRNGKeyArray, finest: int):
+    """The posterior, and its divergence from the prior; `args` are the model. The path
+    depends on the key, and on how many steps the finest solve makes.
+    """
+    struct = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    t0, t1, dt = jnp.array([0, 1, 1 / finest], float32)
+    path = BrownianInterval(t0, t1, struct, key, dt=dt)
+    prior = MultiTerm(
+        ODETerm(lambda t, x, model: model.drift(t, x)),
+        ControlTerm(
+            lambda t, x, model: lx.DiagonalLinearOperator(
+                jnp.broadcast_to(jnp.exp(model.log_scale), x.shape)
+            ),
+            path,
+        ),
+    )
+    return path_kl_of_shift(prior, lambda t, x, model: model.shift(t, y))
+
+
+def sde_free_energy(
+    model: Model,
+    y: Float[Array, "batch 2"],
+    dt0: float | Float[Array, ""],
+    finest: int,
+    key: PRNGKeyArray,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+) -> Float[Array, ""]:
+    """Of the neural SDE. Noise is additive, so Itô and Stratonovich are the same."""
+    t0, t1 = jnp.array([0, 1], float32)
+    start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
+    sol = diffeqsolve(
+        make_terms(y, key, finest),
+        solver,
+        t0,
+        t1,
+        jnp.asarray(dt0, float32),
+        start,
+        model,
+        adjoint=adjoint,
+        max_steps=finest,
+    )
+    x, divergence = jax.tree.map(lambda a: a[-1], sol.ys)
+    return jnp.mean(divergence + minus_log_likelihood(x, y))
+
+
+def free_energy(model, y, layers: int | None, key):
+    """Of a chain, or if there is no number of layers, of the SDE."""
+    if layers is None:
+        return sde_free_energy(
+            model, y, 1 / FINE, FINE, key, ReversibleHeun(), StochasticAdjoint()
+        )
+    return chain_free_energy(model, y, layers, key)
+
+
+def train(
+    data: Float[Array, "num 2"],
+    layers: int | None,
+    steps: int,
+    batch: int,
+    width: int,
+    seed: int,
+    progress: tqdm,
+) -> tuple[Model, np.ndarray]:
+    model_key, train_key = jr.split(jr.key(seed))
+    model = eqx.filter_jit(Model)(width, model_key)
+    optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
+
+    @eqx.filter_jit
+    def some_steps(model, opt_state, first, num):
+        dynamic, static = eqx.partition(model, eqx.is_array)
+
+        def step(carry, i):
+            dynamic, opt_state = carry
+            model = eqx.combine(dynamic, static)
+            data_key, noise_key = jr.split(jr.fold_in(train_key, i))
+            y = jr.choice(data_key, data, (batch,))
+            loss, grads = eqx.filter_value_and_grad(free_energy)(
+                model, y, layers, noise_key
+            )
+            with jax.numpy_dtype_promotion(
+                "standard"
+            ):  # optax is not made for "strict"
+                updates, opt_state = optimiser.update(grads, opt_state)
+            model = eqx.apply_updates(model, updates)
+            return (eqx.filter(model, eqx.is_array), opt_state), loss
+
+        carry, losses = jax.lax.scan(
+            step, (dynamic, opt_state), first + jnp.arange(num)
+        )
+        return eqx.combine(carry[0], static), carry[1], losses
+
+    losses = []
+    chunk = min(50, steps)
+    for first in range(0, steps, chunk):
+        model, opt_state, new = some_steps(model, opt_state, jnp.asarray(first), chunk)
+        losses.append(np.asarray(new))
+        progress.update(len(new))
+        progress.set_postfix(layers=layers or "SDE", loss=f"{new.mean():.3f}")
+    return model, np.concatenate(losses)
+
+
+@eqx.filter_jit
+def evaluate(model, data, layers, key):
+    """The free energy of held-out data, of 64 samples each, and its standard error."""
+    one = lambda key: free_energy(model, data, layers, key)
+    values = jax.lax.map(one, jr.split(key, 64))
+    return jnp.mean(values), jnp.std(values) / 8
+
+
+@eqx.filter_jit
+def sample(model: Model, layers: int, num: int, key: PRNGKeyArray):
+    """Of the prior, with observation noise."""
+    scale = jnp.exp(model.log_scale)
+
+    def layer(x, k):
+        z = jr.normal(jr.fold_in(key, k), x.shape, float32)
+        x = (
+            x
+            + model.drift(k.astype(float32) / layers, x) / layers
+            + scale * z * layers**-0.5
+        )
+        return x, None
+
+    x, _ = jax.lax.scan(layer, jnp.zeros((num, DIM), float32), jnp.arange(layers))
+    return x + NOISE * jr.normal(jr.fold_in(key, layers), x.shape, float32)
+
+
+# The three ways to differentiate the free energy of the SDE. Each takes all parameters
+# as one vector.
+
+
+def by_backpropagation(parameters, unravel, y, dt0, finest, key):
+    loss = lambda x: sde_free_energy(
+        unravel(x), y, dt0, finest, key, Euler(), RecursiveCheckpointAdjoint()
+    )
+    return jax.grad(loss)(parameters)
+
+
+def by_stochastic_flow(parameters, unravel, y, dt0, finest, key):
+    """The derivative in each parameter is solved forwards, beside the state."""
+    terms: AbstractTerm = jax.tree.map(
+        lambda term: _of_vector(term, unravel),
+        make_terms(y, key, finest),
+        is_leaf=lambda x: isinstance(x, ODETerm | ControlTerm),
+    )
+    t0, t1 = jnp.array([0, 1], float32)
+    start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
+    num = len(parameters)
+    dot_start = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), start)
+    sol = diffeqsolve(
+        forward_sensitivity(terms),
+        Euler(),
+        t0,
+        t1,
+        jnp.asarray(dt0, float32),
+        (start, dot_start),
+        (parameters, jnp.eye(num, dtype=float32)),
+        max_steps=finest,
+    )
+    (x, _), (dot_x, dot_divergence) = jax.tree.map(lambda a: a[-1], sol.ys)
+    grad_x = jax.grad(lambda x: jnp.mean(minus_log_likelihood(x, y)))(x)
+    return jnp.einsum("bi,pbi->p", grad_x, dot_x) + jnp.mean(dot_divergence, axis=1)
+
+
+def _of_vector(term: Any, unravel) -> AbstractTerm:
+    of_vector = lambda t, y, parameters: term.vector_field(t, y, unravel(parameters))
+    if isinstance(term, ODETerm):
+        return ODETerm(of_vector)
+    return ControlTerm(of_vector, term.control)
+
+
+def by_stochastic_adjoint(parameters, unravel, y, dt0, finest, key):
+    loss = lambda x: sde_free_energy(
+        unravel(x), y, dt0, finest, key, ReversibleHeun(), StochasticAdjoint()
+    )
+    return jax.grad(loss)(parameters)
+
+
+ESTIMATORS = {
+    "backpropagation through Euler": by_backpropagation,
+    "stochastic flow, forwards": by_stochastic_flow,
+    "StochasticAdjoint, reversible Heun": by_stochastic_adjoint,
+}
+
+
+def _vector(width: int):
+    """The parameters of a model with such networks, and what makes it of them."""
+    model = eqx.filter_jit(Model)(width, jr.key(0))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    parameters, unravel = jfu.ravel_pytree(arrays)
+    return parameters, lambda x: eqx.combine(unravel(x), static)
+
+
+def distances(
+    y: Float[Array, "batch 2"], width: int, all_steps: tuple[int, ...]
+) -> dict[str, list[float]]:
+    """How far gradients are from that of the finest solve, all along one path."""
+    parameters, unravel = _vector(width)
+    gradients = {}
+    for name, estimator in ESTIMATORS.items():
+        gradient = jax.jit(
+            lambda parameters, dt0, f=estimator: f(
+                parameters, unravel, y, dt0, all_steps[-1], jr.key(1)
+            )
+        )
+        gradients[name] = [
+            gradient(parameters, jnp.array(1 / n, float32)) for n in all_steps
+        ]
+    best = gradients["StochasticAdjoint, reversible Heun"][-1]
+    size = jnp.linalg.norm(best)
+    return {
+        name: [float(jnp.linalg.norm(x - best) / size) for x in gradients[name]]
+        for name in ESTIMATORS
+    }
+
+
+class Cost(NamedTuple):
+    """Of a gradient: milliseconds, and kB of temporary memory."""
+
+    estimator: str
+    steps: int
+    parameters: int
+    ms: float
+    kilobytes: float
+
+
+def costs(y: Float[Array, "batch 2"], width: int, steps: int) -> list[Cost]:
+    parameters, unravel = _vector(width)
+    out = []
+    for name, estimator in ESTIMATORS.items():
+        gradient = jax.jit(
+            lambda parameters, key, f=estimator: f(
+                parameters, unravel, y, 1 / steps, steps, key
+            )
+        )
+        compiled = gradient.lower(parameters, jr.key(1)).compile()
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(parameters, jr.key(1)))
+            seconds.append(time.perf_counter() - start)
+        kilobytes = compiled.memory_analysis().temp_size_in_bytes / 1e3
+        out.append(Cost(name, steps, len(parameters), 1e3 * min(seconds), kilobytes))
+    return out
+
+
+def main(
+    *,
+    steps: int = 2000,
+    batch: int = 256,
+    width: int = 32,
+    layers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    all_steps: tuple[int, ...] = (4, 16, 64, 256, 1024),
+    measured: tuple[tuple[int, int], ...] = (
+        *((4, n) for n in (16, 64, 256, 1024)),
+        *((n, 64) for n in (2, 8, 16, 24)),
+    ),
+    seed: int = 0,
+    out: Path = Path("dlgm_diffusion_limit"),
+) -> dict[str, float]:
+    """Train chains and the SDE, compare estimators of gradients, and draw both.
+
+    Args:
+        layers: of the chains.
+        all_steps: the numbers of steps that gradients are compared for.
+        measured: widths of networks and numbers of steps, to measure gradients for.
+        out: where the figure and the checkpoints go.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    data_key, held_out_key, evaluate_key, sample_key = jr.split(jr.key(seed), 4)
+    data, held_out = spiral(4096, data_key), spiral(1024, held_out_key)
+    scores, models = {}, {}
+    with tqdm(total=steps * (len(layers) + 1), unit="step") as progress:
+        for num in (*layers, None):
+            name = "SDE" if num is None else f"{num} layers"
+            model, losses = train(data, num, steps, batch, width, seed, progress)
+            scores[f"loss: first 10 steps: {name}"] = losses[:10].mean()
+            scores[f"loss: last 10 steps: {name}"] = losses[-10:].mean()
+            value, error = evaluate(model, held_out, num, evaluate_key)
+            scores[f"free energy: {name}"] = value
+            scores[f"standard error: {name}"] = error
+            eqx.tree_serialise_leaves(out / f"{name.replace(' ', '_')}.eqx", model)
+            models[num] = model
+
+    y = held_out[:32]
+    for name, values in distances(y, 4, all_steps).items():
+        for n, value in zip(all_steps, values, strict=True):
+            scores[f"distance: {name}: {n} steps"] = value
+    rows = [row for size in measured for row in costs(y, *size)]
+
+    scores = {name: float(value) for name, value in scores.items()}
+    for name, value in scores.items():
+        print(f"{name:60s}{value:10.4f}")
+    print(f"{'':36s}{'steps':>6s}{'parameters':>11s}{'ms':>9s}{'kB':>8s}")
+    for name, n, parameters, ms, kilobytes in sorted(rows):
+        print(f"{name:36s}{n:6d}{parameters:11d}{ms:9.1f}{kilobytes:8.0f}")
+
+    samples = sample(models[None], FINE, 4096, sample_key)
+    path = out / "dlgm_diffusion_limit.png"
+    plot(path, data, samples, layers, all_steps, scores, rows)
+    print(f"Figure and checkpoints are in {out}/.")
+    return scores
+
+
+def plot(path: Path, data, samples, layers, all_steps, scores, rows):
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"
+    fig, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    ax = axes[0, 0]
+    ax.plot(*np.asarray(data[:2000]).T, ".", ms=2, color="0.6", label="data")
+    ax.plot(
+        *np.asarray(samples[:2000]).T, ".", ms=2, color=blue, label="samples of the SDE"
+    )
+    ax.set(title="Data, and what the model generates", aspect="equal")
+    ax.legend(markerscale=5, frameon=False, loc="upper right")
+
+    ax = axes[0, 1]
+    value = np.array([scores[f"free energy: {k} layers"] for k in layers])
+    error = np.array([scores[f"standard error: {k} layers"] for k in layers])
+    ax.errorbar(layers, value, 2 * error, color=orange, marker="o", label="chain")
+    middle, spread = scores["free energy: SDE"], 2 * scores["standard error: SDE"]
+    ax.axhspan(middle - spread, middle + spread, color=blue, alpha=0.3, lw=0)
+    ax.axhline(middle, color=blue, label="SDE")
+    ax.set(title="Free energy of held-out data", xlabel="layers", ylabel="nats")
+    ax.set_xscale("log", base=2)
+    ax.legend(frameon=False)
+
+    for name, colour, style in zip(
+        ESTIMATORS, (orange, green, blue), ("o-", "x--", "s-"), strict=True
+    ):
+        values = np.array([scores[f"distance: {name}: {n} steps"] for n in all_steps])
+        seen = values > 0
+        axes[1, 0].loglog(
+            np.array(all_steps)[seen], values[seen], style, color=colour, label=name
+        )
+        times = sorted(
+            (row.parameters, row.ms)
+            for row in rows
+            if row.estimator == name and row.steps == rows[-1].steps
+        )
+        axes[1, 1].loglog(*zip(*times, strict=True), style, color=colour)
+    axes[1, 0].set(title="Distance of gradients from the finest solve's")
+    axes[1, 0].set(xlabel="steps", ylabel="relative")
+    axes[1, 0].legend(frameon=False, fontsize=9)
+    title = f"Time of a gradient, {rows[-1].steps} steps"
+    axes[1, 1].set(title=title, xlabel="parameters", ylabel="ms")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
