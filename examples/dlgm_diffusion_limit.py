@@ -5,7 +5,7 @@ models in the diffusion limit" (2019), https://arxiv.org/abs/1905.09883. The lat
 variable of such a model goes through `K` layers, each of which adds a small step and
 Gaussian noise:
 
-    x[k + 1] = x[k] + b(x[k], k / K) / K + s z[k] / sqrt(K),    y = x[K] + 0.1 z[K].
+    x[k + 1] = x[k] + b(x[k], k / K) / K + s z[k] / sqrt(K),    y = x[K] + 0.3 z[K].
 
 As `K` grows, this becomes the SDE `dx = b(x, t) dt + s dW`. The variational posterior
 is mean-field: given `y`, the noise has a drift `u(y, t)` that knows nothing of `x`, and
@@ -52,7 +52,7 @@ from diffrax_sde_adjoint import (
 )
 
 
-DIM, NOISE, FINE = 2, 0.1, 64
+DIM, NOISE, FINE = 2, 0.3, 64
 float32 = jnp.float32
 
 
@@ -366,7 +366,7 @@ def costs(y: Float[Array, "batch 2"], width: int, steps: int) -> list[Cost]:
 
 def main(
     *,
-    steps: int = 2000,
+    steps: int = 3000,
     batch: int = 256,
     width: int = 32,
     layers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
