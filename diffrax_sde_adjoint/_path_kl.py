@@ -135,7 +135,8 @@ class _Shift(eqx.Module):
             u = self.shift(t, y, args)
             return ([u] if len(self.noises) == 1 else list(u)), None
         assert self.prior is not None
-        posterior = _add(*(drift(t, y, args) for drift in self.drifts))
+        still = jtu.tree_map(jnp.zeros_like, y)
+        posterior = _add(still, *(drift(t, y, args) for drift in self.drifts))
         prior = self.prior(t, y, args)
         difference = jtu.tree_map(jnp.subtract, posterior, prior)
         size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
@@ -307,6 +308,8 @@ def path_kl(
         are meant in; and any adjoint. Convert Itô models afterwards, as in
         `ito_to_stratonovich(path_kl(terms, prior))`. An adaptive step size controller
         sees the divergence as part of the state.
+    - *Direction*: solve forwards in time. Backwards, what is carried has the opposite
+        sign.
 
     **Arguments:**
 

@@ -559,7 +559,9 @@ def ou_solution(adjoint, args, horizon, dt, dtype, key=None, **kwargs):
     ).ys
 
 
-@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize(
+    "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
+)
 def test_contracting_dynamics(dtype):
     """The gradient is right, or there is an error: for an OU process over horizons in
     which undoing its steps amplifies rounding errors by `exp(5 * horizon)`.

@@ -395,7 +395,6 @@ cases = {
 # The others are run on request.
 by_default = (
     "SPaRK",
-    "ReversibleHeun, root event",
     "f32 replay",
     "times, Heun, clip, steps",
 )

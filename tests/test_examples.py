@@ -36,6 +36,7 @@ def test_latent_sde(example, tmp_path):
         latent_sde.main(**small, seed=1, out=tmp_path, resume=checkpoint)
 
 
+@pytest.mark.slow
 def test_dlgm_diffusion_limit(example, tmp_path):
     scores = example("dlgm_diffusion_limit").main(
         steps=50,

@@ -104,7 +104,7 @@ problems = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=() if x.startswith(("Orn", "geo")) else pytest.mark.slow)
+        pytest.param(x, marks=() if x.startswith("Orn") else pytest.mark.slow)
         for x in problems
     ],
 )
@@ -168,7 +168,7 @@ def test_closed_form(name):
     "solver,sense",
     (
         (ReversibleHeun(), "stratonovich"),
-        (diffrax.Euler(), "ito"),
+        pytest.param(diffrax.Euler(), "ito", marks=pytest.mark.slow),
         pytest.param(diffrax.ItoMilstein(), "ito", marks=pytest.mark.slow),
         pytest.param(diffrax.Heun(), "converted", marks=pytest.mark.slow),
     ),
@@ -276,6 +276,7 @@ def test_shifts_and_adjoints(noise, dtype):
         assert 1e-7 < relative_error(gradient(args, backward, False), expected) < 0.2
 
 
+@pytest.mark.slow
 def test_batch_and_pytree():
     """A batch in one state, of a PyTree with two kinds of leaves, beside single ones;
     and a control that is not noise.
@@ -374,6 +375,21 @@ def test_singular_diffusion(kind):
         fn(jnp.array(0.7), 1.0, True)
     value, _ = fn(jnp.array(0.7), 1.0, False)
     assert np.isnan(value)
+
+
+def test_no_drift():
+    """A posterior that is noise alone, and a prior that is not."""
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=1 / 4)
+    noise = diffrax.ControlTerm(lambda t, y, args: jnp.array(0.5), path)
+    terms = path_kl(noise, lambda t, y, args: jnp.array(0.3))
+    assert len(terms.terms) == 2
+    sol = diffrax.diffeqsolve(
+        terms, diffrax.Euler(), 0.0, 1.0, 1 / 4, (jnp.array(0.0), jnp.array(0.0))
+    )
+    assert sol.ys is not None
+    y, divergence = sol.ys
+    assert abs(y[0] - 0.5 * path.evaluate(0.0, 1.0)) < 1e-12
+    assert abs(divergence[0] - 0.5 * 0.6**2) < 1e-12
 
 
 def test_errors():

@@ -100,6 +100,7 @@ def test_equals_jvp(noise, name, dtype):
     assert relative_error(dot_ys, expected_dot_ys) < tol
 
 
+@pytest.mark.slow
 def test_of_an_ito_model_and_differentiated():
     """The gradient of a sensitivity is a second derivative."""
     solve, terms, (y0, _), (args, _) = make_problem("diagonal", jnp.float64)

@@ -437,7 +437,7 @@ def test_vmap_equals_a_loop():
 @pytest.mark.parametrize(
     "case",
     (
-        "SRA1",
+        pytest.param("SRA1", marks=pytest.mark.slow),
         pytest.param("ShARK", marks=pytest.mark.slow),
         pytest.param("ALIGN", marks=pytest.mark.slow),
     ),
