@@ -33,21 +33,10 @@ from ._compat import VF, Args, RealScalarLike, Y
 from ._controls import is_single_term
 from ._ito import correction
 from ._noise import check_independent, is_noise, without_path
+from ._shift import Divergence, Drift, Shift, add, control_product, sum_like
 
 
-_Divergence: TypeAlias = Float[Array, "..."]
 _Sense: TypeAlias = Literal["ito", "stratonovich"]
-_Drift: TypeAlias = Callable[[RealScalarLike, Y, Args], Y]
-
-_singular = (
-    "`path_kl`: the difference between the drift of the posterior and that of the "
-    "prior is not in the range of the diffusion, for example as this is zero, so that "
-    "the divergence would be infinite. Keep the diffusion away from zero; or write the "
-    "posterior as what the noise can do, with `path_kl_of_shift`."
-)
-
-# The product of a `ControlTerm`, which is the same for all.
-_product = diffrax.ControlTerm(lambda t, y, args: None, lambda t0, t1: None).prod
 
 
 class _Augmented(lx.AbstractLinearOperator):
@@ -55,16 +44,16 @@ class _Augmented(lx.AbstractLinearOperator):
 
     vf: VF
     form: PyTree[Array] | None
-    divergence: _Divergence
+    divergence: Divergence
     leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
-    def mv(self, vector: PyTree[Array]) -> tuple[Y, _Divergence]:
+    def mv(self, vector: PyTree[Array]) -> tuple[Y, Divergence]:
         out = jnp.zeros_like(self.divergence)
         if self.form is not None:
             products = jtu.tree_map(lambda u, x: u * x, self.form, vector)
-            out = _sum_like(products, self.divergence)
-        return _product(self.vf, vector), out
+            out = sum_like(products, self.divergence)
+        return control_product(self.vf, vector), out
 
     def as_matrix(self) -> Float[Array, "out in"]:
         zero, unravel = jfu.ravel_pytree(
@@ -96,135 +85,16 @@ for _is in (
     _is.register(_Augmented)(lambda operator: False)
 
 
-def _sum_like(tree: PyTree[Array], divergence: _Divergence) -> _Divergence:
-    """The sum over all leaves and all axes behind those of the divergence."""
-    num_axes = divergence.ndim
-    total = jnp.zeros_like(divergence)
-    for x in jtu.tree_leaves(tree):
-        if x.shape[:num_axes] != divergence.shape:
-            raise ValueError(
-                f"The divergence in `y0 = (y, divergence)` is of shape "
-                f"{divergence.shape}, which should be `()`, or the first axes of each "
-                f"array of noise, such as those of a batch. But one has {x.shape}."
-            )
-        axes = tuple(range(num_axes, x.ndim))
-        total = total + jnp.sum(x, axis=axes).astype(total.dtype)
-    return total
-
-
-def _add(*trees: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
-
-
-class _Shift(eqx.Module):
-    """By what the noise of the prior is moved to have the posterior: `u`, for each of
-    the noises. It is given, or what moves the drift from one to the other.
-    """
-
-    drifts: Sequence[_Drift]
-    noises: Sequence[diffrax.ControlTerm]
-    prior: _Drift | None
-    shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]] | None
-    throw: bool = eqx.field(static=True)
-
-    def __call__(
-        self, t: RealScalarLike, y: Y, args: Args, divergence: _Divergence
-    ) -> tuple[list[PyTree[Array]], _Divergence | None]:
-        """Also, if this is known, where the divergence would be infinite."""
-        if self.shift is not None:
-            u = self.shift(t, y, args)
-            return ([u] if len(self.noises) == 1 else list(u)), None
-        assert self.prior is not None
-        still = jtu.tree_map(jnp.zeros_like, y)
-        posterior = _add(still, *(drift(t, y, args) for drift in self.drifts))
-        prior = self.prior(t, y, args)
-        difference = jtu.tree_map(jnp.subtract, posterior, prior)
-        size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
-        vfs = [noise.vf(t, y, args) for noise in self.noises]
-        structs = [eqx.filter_eval_shape(noise.contr, t, t) for noise in self.noises]
-        diagonal = _diagonal(vfs, structs, difference)
-        if diagonal is None:
-            if divergence.ndim > 0:
-                raise ValueError(
-                    "`path_kl` supports a batch in one state, with a divergence for "
-                    "each of its elements, for diagonal noise only (as a "
-                    "`lineax.DiagonalLinearOperator`). Use `jax.vmap` instead."
-                )
-            u, product = _least_squares(vfs, structs, difference)
-            largest = jnp.max(jnp.stack([jnp.max(x) for x in _nonempty(size)]))
-            size = jtu.tree_map(lambda x: largest.astype(x.dtype), size)
-        else:
-            u = [jtu.tree_map(_divide, difference, diagonal)]
-            product = jtu.tree_map(jnp.multiply, diagonal, *u)
-        is_off = jtu.tree_map(_is_off, product, difference, size)
-        if self.throw:
-            is_any = jnp.array(False)
-            for x in jtu.tree_leaves(is_off):
-                is_any = is_any | jnp.any(x)
-            return eqx.error_if(u, is_any, _singular), None
-        if diagonal is None:
-            is_off = jtu.tree_map(jnp.any, is_off)
-        return u, _sum_like(is_off, divergence)
-
-
-def _nonempty(tree: PyTree[Array]) -> list[Array]:
-    return [x for x in jtu.tree_leaves(tree) if x.size > 0]
-
-
-def _is_off(
-    product: Float[Array, "..."],
-    difference: Float[Array, "..."],
-    size: Float[Array, "..."],
-) -> Array:
-    eps = float(jnp.finfo(size.dtype).eps)
-    return jnp.abs(product - difference) > eps**0.5 * size
-
-
-def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Zero, also in its derivatives, where `y` is."""
-    is_zero = y == 0
-    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
-
-
-def _diagonal(
-    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], like: Y
-) -> Y | None:
-    """The diffusion, if it is diagonal."""
-    if len(vfs) > 1:
-        return None
-    (vf,), (struct,) = vfs, structs
-    if isinstance(vf, lx.DiagonalLinearOperator):
-        return vf.diagonal
-    # Of numbers, as plain arrays.
-    are_numbers = jtu.tree_structure(struct) == jtu.tree_structure(like) and all(
-        x.shape == () for x in (*jtu.tree_leaves(struct), *jtu.tree_leaves(like))
-    )
-    if are_numbers and not isinstance(vf, lx.AbstractLinearOperator):
-        return vf
-    return None
-
-
-def _least_squares(
-    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], difference: Y
-) -> tuple[list[PyTree[Array]], Y]:
-    """The smallest `u` that comes closest to the difference, and what it comes to."""
-    product = lambda u: _add(*map(_product, vfs, u))
-    operator = lx.FunctionLinearOperator(product, structs)
-    solver = lx.AutoLinearSolver(well_posed=False)
-    u = lx.linear_solve(operator, difference, solver).value
-    return u, product(u)
-
-
 class _AugmentedDrift(eqx.Module):
     """The drift of the solution, and that of the divergence."""
 
-    drift: _Drift | None
-    shift: _Shift | None
+    drift: Drift | None
+    shift: Shift | None
     noises: Sequence[diffrax.ControlTerm]
 
     def __call__(
-        self, t: RealScalarLike, y_and_divergence: tuple[Y, _Divergence], args: Args
-    ) -> tuple[Y, _Divergence]:
+        self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
+    ) -> tuple[Y, Divergence]:
         y, divergence = y_and_divergence
         if self.drift is None:
             out = jtu.tree_map(jnp.zeros_like, y)
@@ -235,8 +105,8 @@ class _AugmentedDrift(eqx.Module):
         u, is_infinite = self.shift(t, y, args, divergence)
         if self.shift.shift is not None:
             for noise, x in zip(self.shift.noises, u, strict=True):
-                out = _add(out, noise.vf_prod(t, y, args, x))
-        rate = _sum_like(jtu.tree_map(lambda x: 0.5 * x**2, u), divergence)
+                out = add(out, noise.vf_prod(t, y, args, x))
+        rate = sum_like(jtu.tree_map(lambda x: 0.5 * x**2, u), divergence)
         if is_infinite is not None:
             rate = jnp.where(is_infinite > 0, jnp.nan, rate)
         for noise in self.noises:
@@ -250,11 +120,11 @@ class _AugmentedDiffusion(eqx.Module):
     """The diffusion of the solution, and that of the divergence, if it has one."""
 
     noise: diffrax.ControlTerm
-    shift: _Shift | None
+    shift: Shift | None
     index: int | None = eqx.field(static=True)
 
     def __call__(
-        self, t: RealScalarLike, y_and_divergence: tuple[Y, _Divergence], args: Args
+        self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
     ) -> _Augmented:
         y, divergence = y_and_divergence
         vf = self.noise.vf(t, y, args)
@@ -366,7 +236,7 @@ def path_kl(
         }
         ```
     """
-    make_shift = lambda drifts, noises: _Shift(drifts, noises, prior, None, throw)
+    make_shift = lambda drifts, noises: Shift(drifts, noises, prior, None, throw)
     return _augment(terms, make_shift, log_ratio, "path_kl")
 
 
@@ -407,13 +277,13 @@ def path_kl_of_shift(
     `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
     noise.
     """
-    make_shift = lambda drifts, noises: _Shift(drifts, noises, None, shift, False)
+    make_shift = lambda drifts, noises: Shift(drifts, noises, None, shift, False)
     return _augment(terms, make_shift, log_ratio, "path_kl_of_shift")
 
 
 def _augment(
     terms: PyTree[diffrax.AbstractTerm],
-    make_shift: Callable[[list[_Drift], list[diffrax.ControlTerm]], _Shift],
+    make_shift: Callable[[list[Drift], list[diffrax.ControlTerm]], Shift],
     log_ratio: str | None,
     name: str,
 ) -> diffrax.MultiTerm:
