@@ -222,9 +222,7 @@ by_default = (
     "our ReversibleHeun",
     "SPaRK",
     "SlowRK",
-    "SRA1",
     "ShARK",
-    "ALIGN",
     "QUICSORT",
 )
 
