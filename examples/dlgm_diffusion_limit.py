@@ -5,7 +5,7 @@ models in the diffusion limit" (2019), https://arxiv.org/abs/1905.09883. The lat
 variable of such a model goes through `K` layers, each of which adds a small step and
 Gaussian noise:
 
-    x[k + 1] = x[k] + b(x[k], k / K) / K + s z[k] / sqrt(K),    y = x[K] + 0.3 z[K].
+    x[k + 1] = x[k] + b(x[k], k / K) / K + s z[k] / sqrt(K),    y = x[K] + 0.4 z[K].
 
 As `K` grows, this becomes the SDE `dx = b(x, t) dt + s dW`. The variational posterior
 is mean-field: given `y`, the noise has a drift `u(y, t)` that knows nothing of `x`, and
@@ -41,7 +41,7 @@ from diffrax import (
     diffeqsolve,
 )
 from jaxtyping import Array, Float, PRNGKeyArray
-from tqdm import tqdm
+from training import train, update
 
 from diffrax_sde_adjoint import (
     BrownianInterval,
@@ -52,18 +52,15 @@ from diffrax_sde_adjoint import (
 )
 
 
-DIM, NOISE, FINE = 2, 0.3, 64
+DIM, NOISE, FINE = 2, 0.4, 64
 float32 = jnp.float32
 
 
-def spiral(num: int, key: PRNGKeyArray) -> Float[Array, "num 2"]:
-    """Two arms, with some width."""
-    arm_key, angle_key, noise_key = jr.split(key, 3)
-    angle = 3 * jnp.pi * jnp.sqrt(jr.uniform(angle_key, (num,), float32))
-    sign = jnp.sign(jr.uniform(arm_key, (num,), float32) - 0.5)
-    arm = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    arm = arm * (0.2 * angle * sign)[:, None]
-    return arm + 0.05 * jr.normal(noise_key, arm.shape, float32)
+def clusters(num: int, key: PRNGKeyArray) -> Float[Array, "num 2"]:
+    """Four of them, at the corners of a square."""
+    index_key, noise_key = jr.split(key)
+    corner = 1.5 * jr.rademacher(index_key, (num, DIM), float32)
+    return corner + NOISE * jr.normal(noise_key, corner.shape, float32)
 
 
 class Model(eqx.Module):
@@ -171,52 +168,32 @@ def free_energy(model, y, layers: int | None, key):
     return chain_free_energy(model, y, layers, key)
 
 
-def train(
+def train_model(
     data: Float[Array, "num 2"],
     layers: int | None,
-    steps: int,
-    batch: int,
-    width: int,
-    seed: int,
-    progress: tqdm,
+    settings: dict[str, Any],
+    out: Path,
 ) -> tuple[Model, np.ndarray]:
-    model_key, train_key = jr.split(jr.key(seed))
-    model = eqx.filter_jit(Model)(width, model_key)
-    optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
+    model_key, train_key = jr.split(jr.key(settings["seed"]))
+    model = eqx.filter_jit(Model)(settings["width"], model_key)
+    optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, settings["steps"]))
+    state = (model, optimiser.init(eqx.filter(model, eqx.is_array)))
 
     @eqx.filter_jit
-    def some_steps(model, opt_state, first, num):
-        dynamic, static = eqx.partition(model, eqx.is_array)
-
-        def step(carry, i):
-            dynamic, opt_state = carry
-            model = eqx.combine(dynamic, static)
-            data_key, noise_key = jr.split(jr.fold_in(train_key, i))
-            y = jr.choice(data_key, data, (batch,))
-            loss, grads = eqx.filter_value_and_grad(free_energy)(
-                model, y, layers, noise_key
-            )
-            with jax.numpy_dtype_promotion(
-                "standard"
-            ):  # optax is not made for "strict"
-                updates, opt_state = optimiser.update(grads, opt_state)
-            model = eqx.apply_updates(model, updates)
-            return (eqx.filter(model, eqx.is_array), opt_state), loss
-
-        carry, losses = jax.lax.scan(
-            step, (dynamic, opt_state), first + jnp.arange(num)
+    def step(state, i):
+        data_key, noise_key = jr.split(jr.fold_in(train_key, i))
+        y = jr.choice(data_key, data, (settings["batch"],))
+        model, opt_state = state
+        loss, grads = eqx.filter_value_and_grad(free_energy)(
+            model, y, layers, noise_key
         )
-        return eqx.combine(carry[0], static), carry[1], losses
+        return update(optimiser, model, opt_state, grads), loss
 
-    losses = []
-    chunk = min(50, steps)
-    for first in range(0, steps, chunk):
-        model, opt_state, new = some_steps(model, opt_state, jnp.asarray(first), chunk)
-        losses.append(np.asarray(new))
-        progress.update(len(new))
-        progress.set_postfix(layers=layers or "SDE", loss=f"{new.mean():.3f}")
-    return model, np.concatenate(losses)
+    one_step = lambda state, i: step(state, jnp.asarray(i))
+    name = "sde" if layers is None else f"{layers}_layers"
+    steps = settings["steps"]
+    state, losses = train(one_step, state, steps, settings, out, name=name)
+    return state[0], losses
 
 
 @eqx.filter_jit
@@ -366,7 +343,7 @@ def costs(y: Float[Array, "batch 2"], width: int, steps: int) -> list[Cost]:
 
 def main(
     *,
-    steps: int = 3000,
+    steps: int = 4000,
     batch: int = 256,
     width: int = 32,
     layers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
@@ -388,19 +365,18 @@ def main(
     """
     out.mkdir(parents=True, exist_ok=True)
     data_key, held_out_key, evaluate_key, sample_key = jr.split(jr.key(seed), 4)
-    data, held_out = spiral(4096, data_key), spiral(1024, held_out_key)
+    data, held_out = clusters(4096, data_key), clusters(1024, held_out_key)
+    settings = dict(steps=steps, batch=batch, width=width, seed=seed)
     scores, models = {}, {}
-    with tqdm(total=steps * (len(layers) + 1), unit="step") as progress:
-        for num in (*layers, None):
-            name = "SDE" if num is None else f"{num} layers"
-            model, losses = train(data, num, steps, batch, width, seed, progress)
-            scores[f"loss: first 10 steps: {name}"] = losses[:10].mean()
-            scores[f"loss: last 10 steps: {name}"] = losses[-10:].mean()
-            value, error = evaluate(model, held_out, num, evaluate_key)
-            scores[f"free energy: {name}"] = value
-            scores[f"standard error: {name}"] = error
-            eqx.tree_serialise_leaves(out / f"{name.replace(' ', '_')}.eqx", model)
-            models[num] = model
+    for num in (*layers, None):
+        name = "SDE" if num is None else f"{num} layers"
+        model, losses = train_model(data, num, settings, out)
+        scores[f"loss: first 10 steps: {name}"] = losses[:10].mean()
+        scores[f"loss: last 10 steps: {name}"] = losses[-10:].mean()
+        value, error = evaluate(model, held_out, num, evaluate_key)
+        scores[f"free energy: {name}"] = value
+        scores[f"standard error: {name}"] = error
+        models[num] = model
 
     y = held_out[:32]
     for name, values in distances(y, 4, all_steps).items():
@@ -455,13 +431,14 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
         times = sorted(
             (row.parameters, row.ms)
             for row in rows
-            if row.estimator == name and row.steps == rows[-1].steps
+            if row.estimator == name and row.steps == FINE
         )
-        axes[1, 1].loglog(*zip(*times, strict=True), style, color=colour)
+        parameters, ms = np.array(times).reshape(-1, 2).T
+        axes[1, 1].loglog(parameters, ms, style, color=colour)
     axes[1, 0].set(title="Distance of gradients from the finest solve's")
     axes[1, 0].set(xlabel="steps", ylabel="relative")
     axes[1, 0].legend(frameon=False, fontsize=9)
-    title = f"Time of a gradient, {rows[-1].steps} steps"
+    title = f"Time of a gradient, {FINE} steps"
     axes[1, 1].set(title=title, xlabel="parameters", ylabel="ms")
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -18,7 +18,6 @@ linear regression for each horizon has 24.4: no difference. The evidence lower b
 figure shows held-out windows, days from the prior next to days of the data, and scores.
 """
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,10 +50,15 @@ from glucose import (
     ks,
     load_glucose,
 )
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-from tqdm import tqdm
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from training import train, update
 
-from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
+from diffrax_sde_adjoint import (
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+    path_kl_of_shift,
+)
 
 
 SEGMENT, DT0 = 1, 1 / 12  # hours; see `solve`
@@ -164,38 +168,34 @@ class LatentSDE(eqx.Module):
         return jax.vmap(jax.vmap(self.readout))(z)[..., 0]
 
 
-# The solves of a batch are one: its state is the latent states, `(batch, dim)`, and the
-# divergence of the posterior path from the prior so far, `(batch,)`.
+# The solves of a batch are one, with `(batch, dim)` latent states.
 
 
-def drift(t, y, args):
-    z, _ = y
-    dynamics, hour, context = args
-    clock = clock_at(hour + t)
-    f = dynamics.f(z, clock)
-    if context is None:
-        return f, jnp.zeros_like(hour)
-    u = dynamics.u(z, clock, context.evaluate(t))
-    return f + dynamics.g(z, clock) * u, 0.5 * jnp.sum(u**2, axis=-1)
-
-
-def diffusion(t, y, args):
-    z, kl = y
+def drift(t, z, args):
     dynamics, hour, _ = args
-    g = dynamics.g(z, clock_at(hour + t))
-    return lx.DiagonalLinearOperator((g, jnp.zeros_like(kl)))
+    return dynamics.f(z, clock_at(hour + t))
+
+
+def diffusion(t, z, args):
+    dynamics, hour, _ = args
+    return lx.DiagonalLinearOperator(dynamics.g(z, clock_at(hour + t)))
+
+
+def shift(t, z, args):
+    dynamics, hour, context = args
+    return dynamics.u(z, clock_at(hour + t), context.evaluate(t))
 
 
 def solve(
     dynamics: Dynamics,
-    z0: Float[Array, "batch dim"],
+    y0: PyTree[Float[Array, "batch ..."]],
     hour: Float[Array, " batch"],
     context: Float[Array, "time batch context"] | None,
     hours: int,
     key: PRNGKeyArray,
-) -> tuple[Float[Array, "time batch dim"], Float[Array, " batch"]]:
-    """Latent paths at the times of readings, and their divergence from the prior; paths
-    of the prior itself if there is no context.
+) -> PyTree[Float[Array, "time batch ..."]]:
+    """Latent paths at the times of readings: of the posterior, with their divergence
+    from the prior, from a pair of both; or if there is no context, of the prior.
 
     Reversible Heun carries a second copy of the state, and where the dynamics contract,
     the gap between the two grows like `exp(rate * time)`. This posterior does contract,
@@ -210,11 +210,13 @@ def solve(
 
     def segment(y, inputs):
         hour, context, key = inputs
+        z = y if context is None else y[0]
+        struct = jax.ShapeDtypeStruct(z.shape, z.dtype)
+        path = BrownianInterval(0.0, SEGMENT, struct, key, dt=DT0)
+        terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
         if context is not None:
             context = LinearInterpolation(ts, context)
-        shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), y)
-        path = BrownianInterval(0.0, SEGMENT, shape, key, dt=DT0)
-        terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
+            terms = path_kl_of_shift(terms, shift)
         sol = diffeqsolve(
             terms,
             ReversibleHeun(),
@@ -226,14 +228,13 @@ def solve(
             saveat=SaveAt(ts=ts[1:]),
             adjoint=StochasticAdjoint(),
         )
-        assert sol.ys is not None
-        zs, kls = sol.ys
-        return (zs[-1], kls[-1]), zs
+        return jax.tree.map(lambda x: x[-1], sol.ys), sol.ys
 
     hours_at = hour + jnp.arange(num_segments, dtype=float32)[:, None] * SEGMENT
     inputs = (hours_at, context, jr.split(key, num_segments))
-    (_, kl), zs = jax.lax.scan(segment, (z0, jnp.zeros_like(hour)), inputs)
-    return jnp.concatenate([z0[None], zs.reshape(-1, *z0.shape)]), kl
+    _, ys = jax.lax.scan(segment, y0, inputs)
+    with_start = lambda x0, x: jnp.concatenate([x0[None], x.reshape(-1, *x0.shape)])
+    return jax.tree.map(with_start, y0, ys)
 
 
 def posterior(model: LatentSDE, series: Series, hour, key: PRNGKeyArray):
@@ -248,8 +249,8 @@ def posterior(model: LatentSDE, series: Series, hour, key: PRNGKeyArray):
     shift = (mean - prior_mean) / jnp.exp(prior_log_scale)
     kl0 = 0.5 * jnp.sum(jnp.exp(log_ratio) - log_ratio + shift**2 - 1, axis=-1)
     num_hours = (num_readings - 1) // PER_HOUR
-    zs, kl = solve(model.dynamics, z0, hour, context, num_hours, path_key)
-    return zs, kl0 + kl
+    zs, kls = solve(model.dynamics, (z0, kl0), hour, context, num_hours, path_key)
+    return zs, kls[-1]
 
 
 @eqx.filter_jit
@@ -276,7 +277,7 @@ def forecast(model: LatentSDE, past: Series, hour, key: PRNGKeyArray):
     """
     past_key, future_key, noise_key = jr.split(key, 3)
     zs, _ = posterior(model, past, hour, past_key)
-    future, _ = solve(model.dynamics, zs[-1], hour + WINDOW, None, HORIZON, future_key)
+    future = solve(model.dynamics, zs[-1], hour + WINDOW, None, HORIZON, future_key)
     return jnp.swapaxes(model.read(zs), 0, 1), observe(model, future[1:], noise_key)
 
 
@@ -287,7 +288,7 @@ def sample_prior(model: LatentSDE, num: int, key: PRNGKeyArray):
     midnight = jnp.zeros(num, float32)
     mean, log_scale = model.prior_at(clock_at(midnight))
     z0 = mean + jnp.exp(log_scale) * jr.normal(z_key, mean.shape, float32)
-    zs, _ = solve(model.dynamics, z0, midnight, None, 24, path_key)
+    zs = solve(model.dynamics, z0, midnight, None, 24, path_key)
     return observe(model, zs[:-1], noise_key)
 
 
@@ -297,46 +298,17 @@ def adam(steps: int) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def train_step(model, opt_state, series: Series, starts, step, steps, batch, seed):
-    # The keys depend on nothing but the step, so a resumed run makes the same draws.
+def train_step(state, series: Series, starts, step, steps, batch, seed):
+    """Increases the evidence lower bound of windows from some of `starts`."""
     start_key, path_key = jr.split(jr.fold_in(jr.key(seed), step))
     start = jr.choice(start_key, starts, (batch,))
     window = series.windows(start, WINDOW)
     hour = (start % DAY).astype(float32) / PER_HOUR
     kl_weight = jnp.minimum(1.0, (step.astype(float32) + 1) / (0.15 * steps))
     loss = lambda model: -elbo(model, window, hour, path_key, kl_weight)
+    model, opt_state = state
     value, grads = eqx.filter_value_and_grad(loss)(model)
-    with jax.numpy_dtype_promotion("standard"):  # optax is not made for "strict"
-        updates, opt_state = adam(steps).update(grads, opt_state)
-    return eqx.apply_updates(model, updates), opt_state, value
-
-
-def train(model, series: Series, starts, settings, out: Path, resume: Path | None):
-    """Maximise the evidence lower bound over windows from `starts`."""
-    steps, batch, seed = settings["steps"], settings["batch"], settings["seed"]
-    opt_state = adam(steps).init(eqx.filter(model, eqx.is_inexact_array))
-    done = 0
-    if resume is not None:
-        with resume.open("rb") as file:
-            done, saved = json.loads(file.readline())
-            if saved != settings:
-                raise ValueError(f"`resume`: {resume} is of a run with {saved}.")
-            model, opt_state = eqx.tree_deserialise_leaves(file, (model, opt_state))
-
-    losses = []
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc="train")
-    for step in progress:
-        model, opt_state, loss = train_step(
-            model, opt_state, series, starts, jnp.asarray(step), steps, batch, seed
-        )
-        losses.append(loss)
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % max(steps // 4, 1) == 0 or step + 1 == steps:
-            with (out / f"checkpoint_{step + 1}.eqx").open("wb") as file:
-                file.write(json.dumps([step + 1, settings]).encode() + b"\n")
-                eqx.tree_serialise_leaves(file, (model, opt_state))
-    return model, np.array(losses)
+    return update(adam(steps), model, opt_state, grads), value
 
 
 def main(
@@ -383,7 +355,11 @@ def main(
     model_key, elbo_key, forecast_key, prior_key = jr.split(jr.key(seed), 4)
     model = eqx.filter_jit(LatentSDE)(dim, width, key=model_key)
     starts = jnp.asarray(starts[covered])
-    model, losses = train(model, series, starts, settings, out, resume)
+    state = (model, adam(steps).init(eqx.filter(model, eqx.is_inexact_array)))
+    step = lambda state, i: train_step(
+        state, series, starts, jnp.asarray(i), steps, batch, seed
+    )
+    (model, _), losses = train(step, state, steps, settings, out, resume)
 
     print(f"Evaluating on {(end - split) // DAY} held-out days ({held_out}).")
     scores = {

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         # wait for one another: the tests' arrays are small.
         "--xla_cpu_multi_thread_eigen=false",
         # Programs run for less time than it takes to compile them.
-        "--xla_backend_optimization_level=1",
+        "--xla_backend_optimization_level=0",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # The older way to compile fused loops is faster. XLA ends the process if it

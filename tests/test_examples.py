@@ -1,9 +1,15 @@
-"""The examples learn, and continue from their checkpoints."""
+"""The examples learn."""
 
 import importlib
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
 import pytest
+import scipy.stats
 
 
 @pytest.fixture
@@ -13,27 +19,114 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-def test_latent_sde(example, tmp_path):
-    # The scores of a run depend on the weights it ends with, on all held-out days.
-    latent_sde = example("latent_sde")
-    small = dict(steps=60, batch=8, dim=2, width=8, samples=4)
-    scores = latent_sde.main(**small, out=tmp_path / "whole")
-    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
-    assert (tmp_path / "whole" / "latent_sde.png").stat().st_size > 10_000
+def test_training_continues_from_a_checkpoint(example, tmp_path):
+    training = example("training")
+    settings = dict(decay=0.9, shape=(2, 3))
 
-    checkpoint = tmp_path / "whole" / "checkpoint_30.eqx"
-    resumed = latent_sde.main(**small, out=tmp_path / "resumed", resume=checkpoint)
-    final = "checkpoint_60.eqx"
-    for path in (tmp_path / "whole" / final, tmp_path / "resumed" / final):
-        assert path.exists()
-    assert (tmp_path / "whole" / final).read_bytes() == (
-        tmp_path / "resumed" / final
-    ).read_bytes()
-    del scores["loss: first 10 steps"], resumed["loss: first 10 steps"]
-    assert resumed == scores
+    def step(state, i):
+        state = 0.9 * state + jr.normal(jr.key(i), state.shape)
+        return state, jnp.mean(state)
 
+    start = jnp.zeros(3)
+    whole, losses = training.train(step, start, 8, settings, tmp_path)
+    assert losses.shape == (8,)
+    resume = tmp_path / "checkpoint_4.eqx"
+    resumed, later = training.train(step, start, 8, settings, tmp_path, resume)
+    assert jnp.array_equal(resumed, whole)
+    assert np.array_equal(later, losses)
     with pytest.raises(ValueError, match="is of a run with"):
-        latent_sde.main(**small, seed=1, out=tmp_path, resume=checkpoint)
+        training.train(step, start, 8, dict(decay=0.5), tmp_path, resume)
+
+
+def test_latent_sde(example, tmp_path):
+    scores = example("latent_sde").main(
+        steps=60, batch=8, dim=2, width=8, samples=4, out=tmp_path
+    )
+    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
+    assert (tmp_path / "latent_sde.png").stat().st_size > 10_000
+    assert (tmp_path / "checkpoint_60.eqx").exists()
+
+
+def test_latent_sde_mocap(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    count = lambda model: sum(x.size for x in jax.tree.leaves(model) if eqx.is_array(x))
+    assert count(eqx.filter_jit(mocap.LatentSDE)(jr.key(0))) == 11_605
+
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(0, 2 * np.pi, (11, 1, mocap.ANGLES))
+    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    split = dict(train=walks[:4], validation=walks[4:7], test=walks[7:])
+    monkeypatch.setattr(mocap, "load", lambda path: split)
+    scores = mocap.main(
+        mocap.OURS._replace(windows=((60, 10),)),
+        data=tmp_path,
+        held_out="test",
+        out=tmp_path,
+    )
+    assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"] - 0.1
+    assert np.isfinite(scores["MSE"])
+    assert (tmp_path / "latent_sde_mocap.png").stat().st_size > 10_000
+    assert (tmp_path / "seed_0_split_0_60.eqx").exists()
+
+
+def test_motion_capture_data_are_checked(example, tmp_path):
+    path = tmp_path / "mocap35.mat"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"`data`: .* is not `mocap35.mat`"):
+        example("latent_sde_mocap").load(path)
+
+
+def test_windows_are_played_faster_or_slower(example):
+    window = example("latent_sde_mocap").window
+    ramp = jnp.arange(300, dtype=jnp.float32)[None, :, None]
+    ramps = jnp.broadcast_to(ramp, (100, 300, 2))
+    assert jnp.array_equal(window(ramps, 300, 0.1, jr.key(0)), ramps)
+    parts = window(ramps, 60, 0.1, jr.key(0))
+    speed = jnp.diff(parts, axis=1)
+    assert jnp.allclose(speed, speed[:, :1], atol=1e-4)
+    assert 0.9 <= speed.min() < 0.92 and 1.08 < speed.max() <= 1.1001
+    assert 0 <= parts.min() < 10 and 289 < parts.max() <= 299
+
+
+@pytest.mark.parametrize(
+    "process", ["lorenz", pytest.param("gbm", marks=pytest.mark.slow)]
+)
+def test_latent_sde_synthetic(example, tmp_path, process):
+    scores = example("latent_sde_synthetic").main(
+        process=process, steps=30, batch=8, observed=0.5, out=tmp_path
+    )
+    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
+    assert (tmp_path / f"{process}.png").stat().st_size > 10_000
+
+
+def test_processes(example):
+    synthetic = example("latent_sde_synthetic")
+    lorenz, gbm = (synthetic.PROCESSES[name] for name in ("lorenz", "gbm"))
+    y = gbm.sample(4096, gbm.times, jr.key(0))
+    assert y.shape == (4096, 51, 1)
+    # Of the exact distribution: a mean of 0.1 exp(t).
+    assert abs(jnp.mean(y[:, -1]) - 0.1 * jnp.e) < 4 * jnp.std(y[:, -1]) / 64
+    y = jax.jit(lorenz.sample, static_argnums=(0, 1))(64, 41, jr.key(0))
+    assert y.shape == (64, 41, 3)
+    assert 20 < y[:, -10:, 2].mean() < 27  # of the attractor: 23.5
+
+
+def test_energy_distance(example):
+    energy_distance = example("latent_sde_synthetic").energy_distance
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 300, 5))
+    distance, bound = energy_distance(x, y)
+    assert abs(distance) < 2 * bound
+    # Of normal distributions a distance `d` apart, in one dimension:
+    # 2 E|d + sqrt(2) z| - 2 E|sqrt(2) z|.
+    x, y = rng.normal(size=(2, 2000, 1))
+    d = 1.0
+    norm = scipy.stats.norm
+    folded = 2 * norm.pdf(d / 2**0.5) * 2**0.5 + d * (2 * norm.cdf(d / 2**0.5) - 1)
+    exact = 2 * folded - 4 / np.pi**0.5
+    distance, bound = energy_distance(x, y + d)
+    assert abs(distance - exact) < 0.1 * exact
+    assert bound < 0.02 * exact
 
 
 @pytest.mark.slow
