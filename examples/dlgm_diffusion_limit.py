@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from common import last_checkpoint, train, update
 from diffrax import (
     AbstractAdjoint,
     AbstractSolver,
@@ -41,7 +42,6 @@ from diffrax import (
     diffeqsolve,
 )
 from jaxtyping import Array, Float, PRNGKeyArray
-from training import train, update
 
 from diffrax_sde_adjoint import (
     BrownianInterval,
@@ -173,8 +173,10 @@ def train_model(
     layers: int | None,
     settings: dict[str, Any],
     out: Path,
+    resume: bool,
+    key: PRNGKeyArray,
 ) -> tuple[Model, np.ndarray]:
-    model_key, train_key = jr.split(jr.key(settings["seed"]))
+    model_key, train_key = jr.split(key)
     model = eqx.filter_jit(Model)(settings["width"], model_key)
     optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, settings["steps"]))
     state = (model, optimiser.init(eqx.filter(model, eqx.is_array)))
@@ -192,7 +194,8 @@ def train_model(
     one_step = lambda state, i: step(state, jnp.asarray(i))
     name = "sde" if layers is None else f"{layers}_layers"
     steps = settings["steps"]
-    state, losses = train(one_step, state, steps, settings, out, name=name)
+    last = last_checkpoint(out, name) if resume else None
+    state, losses = train(one_step, state, steps, settings, out, last, name)
     return state[0], losses
 
 
@@ -354,23 +357,27 @@ def main(
     ),
     seed: int = 0,
     out: Path = Path("dlgm_diffusion_limit"),
+    resume: bool = False,
 ) -> dict[str, float]:
     """Train chains and the SDE, compare estimators of gradients, and draw both.
 
     Args:
         layers: of the chains.
         all_steps: the numbers of steps that gradients are compared for.
-        measured: widths of networks and numbers of steps, to measure gradients for.
-        out: where the figure and the checkpoints go.
+        measured: widths of networks and numbers of steps, to measure gradients for. In
+            the figure are those with 64 steps.
+        out: where the figure and the checkpoints go, in the place of earlier ones.
+        resume: continue from the checkpoints in `out`, of a run with the same settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    data_key, held_out_key, evaluate_key, sample_key = jr.split(jr.key(seed), 4)
+    keys = jr.split(jr.key(seed), 5)
+    data_key, held_out_key, train_key, evaluate_key, sample_key = keys
     data, held_out = clusters(4096, data_key), clusters(1024, held_out_key)
     settings = dict(steps=steps, batch=batch, width=width, seed=seed)
     scores, models = {}, {}
     for num in (*layers, None):
         name = "SDE" if num is None else f"{num} layers"
-        model, losses = train_model(data, num, settings, out)
+        model, losses = train_model(data, num, settings, out, resume, train_key)
         scores[f"loss: first 10 steps: {name}"] = losses[:10].mean()
         scores[f"loss: last 10 steps: {name}"] = losses[-10:].mean()
         value, error = evaluate(model, held_out, num, evaluate_key)
@@ -406,8 +413,8 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
     ax.plot(
         *np.asarray(samples[:2000]).T, ".", ms=2, color=blue, label="samples of the SDE"
     )
-    ax.set(title="Data, and what the model generates", aspect="equal")
-    ax.legend(markerscale=5, frameon=False, loc="upper right")
+    ax.set(title="Data, and what the model generates", aspect="equal", ylim=(-3.2, 4.2))
+    ax.legend(markerscale=5, frameon=False, loc="upper center", ncols=2)
 
     ax = axes[0, 1]
     value = np.array([scores[f"free energy: {k} layers"] for k in layers])

@@ -1,10 +1,10 @@
-"""Motion capture with a latent SDE of 11 605 parameters, or a latent ODE of that size.
+"""Motion capture with a latent SDE of 11 605 parameters, or the latent ODE in it.
 
 The experiment of section 7.3 of Li, Wong, Chen and Duvenaud, "Scalable gradients for
 stochastic differential equations" (2020), https://arxiv.org/abs/2001.01328: 50 joint
 angles of a walking person. A model reads the first three frames of a sequence of 300
-and predicts the other 297. The model is the paper's; how it is trained is not, but for
-the recipe of that name.
+and predicts the other 297. The networks are the paper's. How they are trained, and what
+they are given, is not, but for the recipe of that name.
 
     python examples/latent_sde_mocap.py --data mocap35.mat recipe:ours
     python examples/latent_sde_mocap.py --data mocap35.mat recipe:ours --recipe.kind ode
@@ -19,7 +19,7 @@ cross-validation`, over the sequences for training.
 import hashlib
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -32,16 +32,15 @@ import optax
 import scipy.io
 import scipy.stats
 import tyro
+from common import coordinatewise, last_checkpoint, normal_kl, train, update
 from diffrax import ControlTerm, Euler, MultiTerm, ODETerm, SaveAt, diffeqsolve
 from jaxtyping import Array, Float, PRNGKeyArray
-from training import train, update
 
 from diffrax_sde_adjoint import BrownianInterval, StochasticAdjoint, path_kl
 
 
 SHA256 = "105484f138487f10209cce883d26e2e030d10a6df6f10159f4e6e253f9b03b8d"
 FRAMES, GIVEN, LATENT, CONTEXT, ANGLES, WIDTH = 300, 3, 6, 3, 50, 30
-GAP = 0.1  # between frames, in the time of the SDE
 FOLDS, SAMPLES = 4, 50
 float32 = jnp.float32
 
@@ -71,6 +70,8 @@ class Recipe(NamedTuple):
     average: float = 0.995
     # What the diffusion is at least, so that the divergence is finite.
     floor: float = 0.0
+    # The time of the SDE between two frames.
+    gap: float = 0.1
     # Of the solver, between two frames.
     substeps: int = 1
     # A latent ODE is one without noise, and without a prior for its path.
@@ -88,6 +89,7 @@ PAPER = Recipe(
     clip=math.inf,
     average=0.0,
     floor=1e-7,
+    gap=0.02,
     substeps=5,
 )
 
@@ -147,10 +149,7 @@ def prior_drift(t, z, args):
 def diffusion(t, z, args):
     """Coordinate `i` depends on that of `z` only."""
     model, _, floor = args
-    of_batch = lambda network, z: jax.vmap(network)(z[:, None])[:, 0]
-    raw = eqx.filter_vmap(of_batch, in_axes=(eqx.if_array(0), 1), out_axes=1)(
-        model.diffusion, z
-    )
+    raw = coordinatewise(model.diffusion, z)
     return lx.DiagonalLinearOperator(jnp.maximum(jax.nn.sigmoid(raw), floor))
 
 
@@ -168,17 +167,15 @@ def infer(
     given = given / recipe.unit
     if recipe.derivatives:
         x0, x1, x2 = (given[:, i] for i in range(GIVEN))
+        # As if frames were 0.1 apart; the second difference is small, and kept so.
         given = jnp.stack([x1, 5 * (x2 - x0), x2 - 2 * x1 + x0], axis=1)
     code = jax.vmap(model.encoder)(given.reshape(len(given), -1))
     mean, log_std, context = jnp.split(code, [LATENT, 2 * LATENT], axis=-1)
     z0 = mean + jnp.exp(log_std) * jr.normal(start_key, mean.shape, float32)
-    log_ratio = log_std - model.log_std
-    distance = (mean - model.mean) * jnp.exp(-model.log_std)
-    initial_kl = 0.5 * jnp.exp(2 * log_ratio) - log_ratio + 0.5 * distance**2 - 0.5
-    divergence = jnp.sum(initial_kl, axis=-1)
+    divergence = normal_kl(mean, log_std, model.mean, model.log_std)
 
-    ts = GAP * jnp.arange(num_frames, dtype=float32)
-    t0, t1, dt0 = ts[0], ts[-1], jnp.array(GAP / recipe.substeps, float32)
+    ts = recipe.gap * jnp.arange(num_frames, dtype=float32)
+    t0, t1, dt0 = ts[0], ts[-1], jnp.array(recipe.gap / recipe.substeps, float32)
     if recipe.kind == "ode":
         terms, y0 = ODETerm(posterior_drift), z0
     else:
@@ -216,13 +213,14 @@ def window(
     key: PRNGKeyArray,
 ) -> Float[Array, "batch time 50"]:
     """A part of each sequence, played faster or slower."""
-    if num_frames == sequences.shape[1]:
-        return sequences
+    last = sequences.shape[1] - 1
+    if num_frames > last + 1:
+        raise ValueError(f"`windows`: there are {last + 1} frames, not {num_frames}.")
     speed_key, start_key = jr.split(key)
     shape = (len(sequences), 1)
-    speed = jr.uniform(speed_key, shape, float32, 1 - warp, 1 + warp)
+    fastest = min(1 + warp, last / (num_frames - 1))
+    speed = jr.uniform(speed_key, shape, float32, 1 - warp, fastest)
     length = speed * (num_frames - 1)
-    last = sequences.shape[1] - 1
     start = jr.uniform(start_key, shape, float32) * (last - length)
     at = start + speed * jnp.arange(num_frames, dtype=float32)
     index = jnp.clip(at.astype(jnp.int32), 0, last - 1)
@@ -232,7 +230,7 @@ def window(
 
 
 def loss_fn(model, x: Float[Array, "batch time 50"], kl_weight, recipe: Recipe, key):
-    """Minus the evidence lower bound, but for a constant, an angle."""
+    """Minus the log likelihood and the weighted divergence, per frame and angle."""
     mean, log_std, divergence = infer(model, x[:, :GIVEN], x.shape[1], recipe, key)
     error = (x - mean) * jnp.exp(-log_std)
     log_likelihood = jnp.sum(-0.5 * error**2 - log_std, axis=(1, 2))
@@ -275,8 +273,8 @@ def train_model(
     sequences: Float[Array, "batch 300 50"],
     recipe: Recipe,
     key: PRNGKeyArray,
+    settings: dict[str, Any],
     out: Path,
-    name: str,
     resume: bool,
 ) -> tuple[LatentSDE, np.ndarray]:
     """The average of the model over the last steps, and the losses."""
@@ -287,17 +285,9 @@ def train_model(
     step = lambda state, i: train_step(
         state, sequences, jnp.asarray(i), frames[i], recipe, key
     )
-    number = lambda path: int(path.stem.rpartition("_")[2])
-    last = max(out.glob(f"{name}_*.eqx"), key=number, default=None)
-    state, losses = train(
-        step,
-        state,
-        len(frames),
-        recipe._asdict(),
-        out,
-        last if resume else None,
-        name,
-    )
+    name = settings["name"]
+    last = last_checkpoint(out, name) if resume else None
+    state, losses = train(step, state, len(frames), settings, out, last, name)
     return state[2], losses
 
 
@@ -340,32 +330,36 @@ def main(
         held_out: what to predict. By cross-validation, each model is four, which
             predict a quarter of the sequences for training each, from the others.
         seeds: of the weights, windows and paths.
-        out: where the figure and the checkpoints go.
+        out: where the figure and the checkpoints go, in the place of earlier ones.
         resume: continue from the checkpoints in `out`, of a run with the same recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
     sequences = load(data)
     known = sequences["train"]
     if held_out == "cross-validation":
+        truth = known
         fold = np.arange(len(known)) % FOLDS
-        splits = [(known[fold != i], known[fold == i]) for i in range(FOLDS)]
+        splits = [(known[fold != i], np.flatnonzero(fold == i)) for i in range(FOLDS)]
     else:
-        splits = [(known, sequences[held_out])]
+        truth = sequences[held_out]
+        splits = [(known, np.arange(len(truth)))]
 
-    scores, errors, all_losses, predicted = {}, [], [], np.empty(0)
-    truth = np.concatenate([unseen for _, unseen in splits])
+    if len(seeds) == 0:
+        raise ValueError("`seeds` is empty.")
+    scores, errors, all_losses, predictions = {}, [], [], []
     for seed in seeds:
-        parts = []
+        predicted = np.empty((SAMPLES, *truth.shape), np.float32)
         for i, (seen, unseen) in enumerate(splits):
             train_key, predict_key = jr.split(jr.fold_in(jr.key(seed), i))
             name = f"seed_{seed}_split_{i}"
+            settings = dict(recipe._asdict(), held_out=held_out, name=name)
             model, losses = train_model(
-                jnp.asarray(seen), recipe, train_key, out, name, resume
+                jnp.asarray(seen), recipe, train_key, settings, out, resume
             )
-            samples = predict(model, jnp.asarray(unseen), recipe, predict_key)
-            parts.append(np.asarray(samples))
+            samples = predict(model, jnp.asarray(truth[unseen]), recipe, predict_key)
+            predicted[:, unseen] = samples
             all_losses.append(losses)
-        predicted = np.concatenate(parts, axis=1)
+        predictions.append(predicted)
         # The error of each sample and sequence.
         error = np.mean((predicted - truth)[:, :, GIVEN:] ** 2, axis=(2, 3))
         mean, half = interval(error.mean(axis=1))
@@ -383,7 +377,7 @@ def main(
     for name, value in scores.items():
         print(f"{name:40s}{value:9.3f}")
 
-    plot(out / "latent_sde_mocap.png", truth, predicted, np.array(errors), seeds)
+    plot(out / "latent_sde_mocap.png", truth, predictions[-1], np.array(errors), seeds)
     print(f"Figure and checkpoints are in {out}/.")
     return scores
 

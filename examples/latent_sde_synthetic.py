@@ -8,9 +8,9 @@ to held-out ones is measured by the energy distance, of whole series.
     python examples/latent_sde_synthetic.py --process lorenz
     python examples/latent_sde_synthetic.py --process gbm
 
-Model and training are the paper's: a latent Itô SDE of dimension 4 with diagonal noise,
-all networks with one hidden layer of 100 softplus units, and a GRU that reads each
-series from its end. With `--observed 0.3`, series are seen at irregular times: each
+The model is the paper's: a latent Itô SDE of dimension 4 with diagonal noise, networks
+with one hidden layer of 100 softplus units, and a GRU that reads each series from its
+end. With `--observed 0.3`, series are seen at irregular times: each
 observation with that probability.
 """
 
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from common import coordinatewise, normal_kl, train, update
 from diffrax import (
     ControlTerm,
     Euler,
@@ -39,7 +40,6 @@ from diffrax import (
 )
 from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.spatial.distance import cdist
-from training import train, update
 
 from diffrax_sde_adjoint import BrownianInterval, StochasticAdjoint, path_kl
 
@@ -86,7 +86,7 @@ class Process(NamedTuple):
     sample: Callable[[int, int, PRNGKeyArray], Float[Array, "num times dim"]]
     times: int
     dim: int
-    is_normalised: bool
+    is_normalised: bool  # by the mean and standard deviation of all series
 
 
 PROCESSES = dict(
@@ -170,10 +170,7 @@ def prior_drift(t, z, args):
 def diffusion(t, z, args):
     """Coordinate `i` depends on that of `z` only."""
     model, _ = args
-    of_batch = lambda network, z: jax.vmap(network)(z[:, None])[:, 0]
-    raw = eqx.filter_vmap(of_batch, in_axes=(eqx.if_array(0), 1), out_axes=1)(
-        model.diffusion, z
-    )
+    raw = coordinatewise(model.diffusion, z)
     return lx.DiagonalLinearOperator(jax.nn.sigmoid(raw))
 
 
@@ -205,15 +202,13 @@ def posterior(model: LatentSDE, series, seen, key: PRNGKeyArray):
     context, initial = model.encode(series, seen)
     mean, log_std = jnp.split(initial, 2, axis=-1)
     z0 = mean + jnp.exp(log_std) * jr.normal(start_key, mean.shape, float32)
-    log_ratio = log_std - model.log_std
-    distance = (mean - model.mean) * jnp.exp(-model.log_std)
-    initial_kl = 0.5 * jnp.exp(2 * log_ratio) - log_ratio + 0.5 * distance**2 - 0.5
+    initial_kl = normal_kl(mean, log_std, model.mean, model.log_std)
     times = series.shape[1]
     ts = jnp.linspace(0, 1, times, dtype=float32)
     z, along_path = solve(
         posterior_drift,
         times,
-        (z0, jnp.sum(initial_kl, axis=-1)),
+        (z0, initial_kl),
         (model, LinearInterpolation(ts, context)),
         path_key,
         lambda terms: path_kl(terms, prior_drift),
@@ -222,7 +217,7 @@ def posterior(model: LatentSDE, series, seen, key: PRNGKeyArray):
 
 
 def loss_fn(model: LatentSDE, series, seen, kl_weight, key: PRNGKeyArray):
-    """Minus the evidence lower bound but for a constant, a number that is seen."""
+    """Minus the evidence lower bound, but for a constant, per observed number."""
     decoded, divergence = posterior(model, series, seen, key)
     error = jnp.sum(seen * ((series - decoded) / NOISE) ** 2)
     size = jnp.sum(seen) * series.shape[-1]
@@ -250,7 +245,7 @@ def energy_distance(
     num = len(x)
     pooled = np.concatenate([a.reshape(num, -1) for a in (x, y)])
     distances = cdist(pooled, pooled)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, 1))
     shuffled = [rng.permutation(2 * num) < num for _ in range(200)]
     first = np.stack([np.arange(2 * num) < num, *shuffled], axis=1).astype(float)
     second = 1 - first
@@ -283,18 +278,21 @@ def main(
         out: where the figure and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
+    if not 0 < observed <= 1:
+        raise ValueError(f"`observed` is a share in (0, 1], but is {observed}.")
     settings = dict(locals())
     for name in ("out", "resume"):
         del settings[name]
     out.mkdir(parents=True, exist_ok=True)
-    keys = jr.split(jr.key(seed), 7)
+    keys = jr.split(jr.key(seed), 8)
     sample, times, dim, is_normalised = PROCESSES[process]
     clean = jax.jit(sample, static_argnums=(0, 1))(3 * SERIES, times, keys[0])
     if is_normalised:
         clean = (clean - clean.mean(axis=(0, 1))) / clean.std(axis=(0, 1))
     noisy = clean + NOISE * jr.normal(keys[1], clean.shape, float32)
     series, held_out, another = jnp.split(noisy, 3)
-    seen = jr.bernoulli(keys[2], observed, (SERIES, times, 1)).astype(float32)
+    seen = jr.bernoulli(keys[2], observed, (2 * SERIES, times, 1)).astype(float32)
+    seen, seen_later = jnp.split(seen, 2)
 
     model = eqx.filter_jit(LatentSDE)(dim, keys[3])
     optimiser = optax.chain(
@@ -339,15 +337,15 @@ def main(
     for name, value in scores.items():
         print(f"{name:70s}{value:12.5f}")
 
-    everything = jnp.ones((SERIES, times, 1), float32)
-    fitted, _ = eqx.filter_jit(posterior)(model, held_out, everything, keys[6])
+    fitted, _ = eqx.filter_jit(posterior)(model, held_out, seen_later, keys[7])
     path = out / f"{process}.png"
-    plot(path, *(np.asarray(x) for x in (held_out, prior, fitted)))
+    arrays = (held_out, seen_later, prior, fitted)
+    plot(path, *(np.asarray(x) for x in arrays))
     print(f"Figure and checkpoints are in {out}/.")
     return scores
 
 
-def plot(path: Path, held_out, prior, fitted):
+def plot(path: Path, held_out, seen, prior, fitted):
     """Series of the data and of the prior, their distributions, and posteriors."""
     blue, orange, grey = "#0072B2", "#D55E00", "0.45"
     times, dim = held_out.shape[1:]
@@ -376,7 +374,8 @@ def plot(path: Path, held_out, prior, fitted):
         ax.set(title=title)
     ax = axes[0, 2]
     for i, shade in zip(range(4), (blue, orange, "#009E73", "#CC79A7"), strict=True):
-        ax.plot(t, held_out[i, :, 0], ".", color=shade, ms=4)
+        dots = seen[i, :, 0] > 0
+        ax.plot(t[dots], held_out[i, dots, 0], ".", color=shade, ms=4)
         ax.plot(t, fitted[i, :, 0], color=shade, lw=1.2)
     ax.set(title="Held-out series (dots) and posterior paths", ylabel="$y_1$")
 

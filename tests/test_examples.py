@@ -20,7 +20,7 @@ def example(monkeypatch):
 
 
 def test_training_continues_from_a_checkpoint(example, tmp_path):
-    training = example("training")
+    common = example("common")
     settings = dict(decay=0.9, shape=(2, 3))
 
     def step(state, i):
@@ -28,14 +28,14 @@ def test_training_continues_from_a_checkpoint(example, tmp_path):
         return state, jnp.mean(state)
 
     start = jnp.zeros(3)
-    whole, losses = training.train(step, start, 8, settings, tmp_path)
+    whole, losses = common.train(step, start, 8, settings, tmp_path)
     assert losses.shape == (8,)
-    resume = tmp_path / "checkpoint_4.eqx"
-    resumed, later = training.train(step, start, 8, settings, tmp_path, resume)
+    resume = tmp_path / "train_4.eqx"
+    resumed, later = common.train(step, start, 8, settings, tmp_path, resume)
     assert jnp.array_equal(resumed, whole)
     assert np.array_equal(later, losses)
     with pytest.raises(ValueError, match="is of a run with"):
-        training.train(step, start, 8, dict(decay=0.5), tmp_path, resume)
+        common.train(step, start, 8, dict(decay=0.5), tmp_path, resume)
 
 
 def test_latent_sde(example, tmp_path):
@@ -44,7 +44,7 @@ def test_latent_sde(example, tmp_path):
     )
     assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
     assert (tmp_path / "latent_sde.png").stat().st_size > 10_000
-    assert (tmp_path / "checkpoint_60.eqx").exists()
+    assert (tmp_path / "train_60.eqx").exists()
 
 
 def test_latent_sde_mocap(example, tmp_path, monkeypatch):
@@ -57,16 +57,48 @@ def test_latent_sde_mocap(example, tmp_path, monkeypatch):
     walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
     split = dict(train=walks[:4], validation=walks[4:7], test=walks[7:])
     monkeypatch.setattr(mocap, "load", lambda path: split)
-    scores = mocap.main(
-        mocap.OURS._replace(windows=((60, 10),)),
-        data=tmp_path,
-        held_out="test",
-        out=tmp_path,
-    )
+    settings = dict(data=tmp_path, held_out="test", out=tmp_path)
+    recipe = mocap.OURS._replace(windows=((60, 10),))
+    scores = mocap.main(recipe, **settings)
     assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"] - 0.1
     assert np.isfinite(scores["MSE"])
     assert (tmp_path / "latent_sde_mocap.png").stat().st_size > 10_000
-    assert (tmp_path / "seed_0_split_0_60.eqx").exists()
+
+    (tmp_path / "seed_0_split_0_60.eqx").unlink()  # so from step 45
+    assert mocap.main(recipe, **settings, resume=True) == scores
+    with pytest.raises(ValueError, match="is of a run with"):
+        mocap.main(recipe._replace(warp=0.1), **settings, resume=True)
+
+
+def test_cross_validation(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    level = np.arange(8, dtype=np.float32)
+    walks = np.broadcast_to(level[:, None, None], (8, 20, mocap.ANGLES))
+    monkeypatch.setattr(mocap, "load", lambda path: dict(train=walks))
+    # A model that predicts the mean of what it was trained on.
+    monkeypatch.setattr(
+        mocap, "train_model", lambda x, *_: (x.mean(axis=0), np.ones(2))
+    )
+    predict = lambda model, x, *_: np.broadcast_to(model, (mocap.SAMPLES, *x.shape))
+    monkeypatch.setattr(mocap, "predict", predict)
+    scores = mocap.main(data=tmp_path, out=tmp_path)
+    seen = [level[level % 4 != i % 4].mean() for i in range(8)]
+    assert scores["MSE"] == pytest.approx(np.mean((level - seen) ** 2))
+
+
+@pytest.mark.slow
+def test_latent_ode_mocap_by_the_recipe_of_the_paper(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    walks = np.random.default_rng(0).normal(size=(8, 20, mocap.ANGLES))
+    split = dict(train=walks.astype(np.float32))
+    monkeypatch.setattr(mocap, "load", lambda path: split)
+    recipe = mocap.PAPER._replace(kind="ode", windows=((20, 20),))
+    out = dict(data=tmp_path, out=tmp_path)
+    scores = mocap.main(recipe, **out, seeds=(0, 1))
+    assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"]
+    assert scores["MSE: +- over seeds"] > 0
+    with pytest.raises(ValueError, match="`windows`: there are 20 frames, not 21"):
+        mocap.main(recipe._replace(windows=((2, 21),)), **out)
 
 
 def test_motion_capture_data_are_checked(example, tmp_path):
@@ -80,12 +112,15 @@ def test_windows_are_played_faster_or_slower(example):
     window = example("latent_sde_mocap").window
     ramp = jnp.arange(300, dtype=jnp.float32)[None, :, None]
     ramps = jnp.broadcast_to(ramp, (100, 300, 2))
-    assert jnp.array_equal(window(ramps, 300, 0.1, jr.key(0)), ramps)
+    assert jnp.allclose(window(ramps, 300, 0.0, jr.key(0)), ramps)
     parts = window(ramps, 60, 0.1, jr.key(0))
     speed = jnp.diff(parts, axis=1)
     assert jnp.allclose(speed, speed[:, :1], atol=1e-4)
     assert 0.9 <= speed.min() < 0.92 and 1.08 < speed.max() <= 1.1001
     assert 0 <= parts.min() < 10 and 289 < parts.max() <= 299
+    # There are no more than 300 frames to be played faster.
+    parts = window(ramps, 290, 0.1, jr.key(0))
+    assert parts.min() >= 0 and parts.max() <= 299.001
 
 
 @pytest.mark.parametrize(
@@ -93,7 +128,7 @@ def test_windows_are_played_faster_or_slower(example):
 )
 def test_latent_sde_synthetic(example, tmp_path, process):
     scores = example("latent_sde_synthetic").main(
-        process=process, steps=30, batch=8, observed=0.5, out=tmp_path
+        process=process, steps=80, batch=8, observed=0.5, out=tmp_path
     )
     assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
     assert (tmp_path / f"{process}.png").stat().st_size > 10_000
@@ -104,11 +139,16 @@ def test_processes(example):
     lorenz, gbm = (synthetic.PROCESSES[name] for name in ("lorenz", "gbm"))
     y = gbm.sample(4096, gbm.times, jr.key(0))
     assert y.shape == (4096, 51, 1)
-    # Of the exact distribution: a mean of 0.1 exp(t).
-    assert abs(jnp.mean(y[:, -1]) - 0.1 * jnp.e) < 4 * jnp.std(y[:, -1]) / 64
+    assert abs(jnp.mean(y[:, 0]) - 0.1) < 4 * 0.03 / 64
+    assert abs(jnp.std(y[:, 0]) - 0.03) < 4 * 0.03 / 64
+    log = jnp.log(jnp.abs(y[:, -1] / y[:, 0]))  # normal, of these moments
+    assert abs(jnp.mean(log) - (1 - 0.125)) < 4 * 0.5 / 64
+    assert abs(jnp.std(log) - 0.5) < 4 * 0.5 / 64
     y = jax.jit(lorenz.sample, static_argnums=(0, 1))(64, 41, jr.key(0))
     assert y.shape == (64, 41, 3)
-    assert 20 < y[:, -10:, 2].mean() < 27  # of the attractor: 23.5
+    assert 20 < y[:, -10:, 2].mean() < 30
+    fixed = jnp.array([[72**0.5, 72**0.5, 27]])
+    assert jnp.allclose(synthetic._lorenz_drift(0.0, fixed, None), 0, atol=1e-12)
 
 
 def test_energy_distance(example):
@@ -117,6 +157,8 @@ def test_energy_distance(example):
     x, y = rng.normal(size=(2, 300, 5))
     distance, bound = energy_distance(x, y)
     assert abs(distance) < 2 * bound
+    many = [energy_distance(*rng.normal(size=(2, 5, 2)))[0] for _ in range(400)]
+    assert abs(np.mean(many)) < 4 * scipy.stats.sem(many)  # no bias
     # Of normal distributions a distance `d` apart, in one dimension:
     # 2 E|d + sqrt(2) z| - 2 E|sqrt(2) z|.
     x, y = rng.normal(size=(2, 2000, 1))
@@ -129,15 +171,17 @@ def test_energy_distance(example):
     assert bound < 0.02 * exact
 
 
-@pytest.mark.slow
-def test_dlgm_diffusion_limit(example, tmp_path):
+@pytest.mark.parametrize(
+    "measured", [(), pytest.param(((2, 4), (2, 64)), marks=pytest.mark.slow)]
+)
+def test_dlgm_diffusion_limit(example, tmp_path, measured):
     scores = example("dlgm_diffusion_limit").main(
         steps=50,
         batch=16,
         width=4,
         layers=(2,),
         all_steps=(4, 16, 64),
-        measured=((2, 4),),
+        measured=measured,
         out=tmp_path,
     )
     for name in ("2 layers", "SDE"):
