@@ -9,6 +9,7 @@ from ._ito import (
     ito_to_stratonovich as ito_to_stratonovich,
     stratonovich_to_ito as stratonovich_to_ito,
 )
+from ._lipschitz import clip_lipschitz as clip_lipschitz, lipswish as lipswish
 from ._path_kl import path_kl as path_kl, path_kl_of_shift as path_kl_of_shift
 from ._sensitivity import forward_sensitivity as forward_sensitivity
 from ._solver import (

@@ -385,6 +385,10 @@ def main(
         scores[f"standard error: {name}"] = error
         models[num] = model
 
+    for num in layers:
+        value, _ = evaluate(models[None], held_out, num, evaluate_key)
+        scores[f"free energy: SDE as {num} layers"] = value
+
     y = held_out[:32]
     for name, values in distances(y, 4, all_steps).items():
         for n, value in zip(all_steps, values, strict=True):
@@ -410,9 +414,7 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
     fig, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
     ax = axes[0, 0]
     ax.plot(*np.asarray(data[:2000]).T, ".", ms=2, color="0.6", label="data")
-    ax.plot(
-        *np.asarray(samples[:2000]).T, ".", ms=2, color=blue, label="samples of the SDE"
-    )
+    ax.plot(*np.asarray(samples[:2000]).T, ".", ms=2, color=blue, label="SDE")
     ax.set(title="Data, and what the model generates", aspect="equal", ylim=(-3.2, 4.2))
     ax.legend(markerscale=5, frameon=False, loc="upper center", ncols=2)
 
@@ -423,6 +425,8 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
     middle, spread = scores["free energy: SDE"], 2 * scores["standard error: SDE"]
     ax.axhspan(middle - spread, middle + spread, color=blue, alpha=0.3, lw=0)
     ax.axhline(middle, color=blue, label="SDE")
+    value = [scores[f"free energy: SDE as {k} layers"] for k in layers]
+    ax.plot(layers, value, "--x", color=blue, label="chain, networks of the SDE")
     ax.set(title="Free energy of held-out data", xlabel="layers", ylabel="nats")
     ax.set_xscale("log", base=2)
     ax.legend(frameon=False)

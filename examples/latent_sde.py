@@ -319,7 +319,7 @@ def main(
     """Train on the first days, score on later ones, and draw both.
 
     Args:
-        samples: of each forecast.
+        samples: of each forecast; and up to 8 of them for each evidence lower bound.
         held_out: the days to score on. "validation" is for choosing settings, and
             trains on fewer days.
         out: where the figure and the checkpoints go.
@@ -363,7 +363,7 @@ def main(
     for name, first, last in (("train", 0, split), ("held-out", split, end)):
         start = np.linspace(first, last - length - 1, 200).astype(int)
         window = series.windows(jnp.asarray(start), WINDOW)
-        keys = jr.split(elbo_key, 8)
+        keys = jr.split(elbo_key, min(8, samples))
         bounds = [elbo(model, window, hour_of(start), key, 1.0) for key in keys]
         scores[f"ELBO: {name}"] = np.mean(bounds)
 

@@ -296,10 +296,11 @@ def make_loss(case: Case, has_record: bool = False):
     return loss, params, y0, args, times, step_times
 
 
-def assert_equal_gradients(case: Case, same_steps: bool = False):
-    """With `same_steps`, the reference makes the very steps that `StochasticAdjoint`
+def assert_equal_gradients(case: Case):
+    """Of an adaptive solve, the reference makes the very steps that `StochasticAdjoint`
     made: see `recorded_steps.py`.
     """
+    same_steps = case.is_adaptive and not case.differentiate_times
     loss, *inputs = make_loss(case, has_record=same_steps)
 
     @eqx.filter_jit

@@ -24,6 +24,8 @@ def test_public_names():
         "BrownianInterval",
         "ito_to_stratonovich",
         "stratonovich_to_ito",
+        "clip_lipschitz",
+        "lipswish",
         "path_kl",
         "path_kl_of_shift",
         "forward_sensitivity",

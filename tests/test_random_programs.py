@@ -90,5 +90,4 @@ def test_draws_differ():
 def test_random_program(seed):
     case = draw(seed)
     # What is differentiated in times has no Brownian motion, and is smooth in them.
-    same_steps = case.is_adaptive and not case.differentiate_times
-    assert_equal_gradients(case, same_steps)
+    assert_equal_gradients(case)
