@@ -76,11 +76,14 @@ def baselines(glucose: np.ndarray, fit: np.ndarray, origins: np.ndarray):
     filled = np.nan_to_num(level[last], nan=float(np.nanmean(level[: fit[-1]])))
     mean = np.convolve(filled, np.ones(WINDOW * PER_HOUR) / (WINDOW * PER_HOUR))
     ranks = (np.arange(200) + 0.5) / 200
+    hour = jnp.arange(len(level), dtype=jnp.float32) / PER_HOUR
+    clock = np.asarray(clock_at(hour), float)
 
     def features(origin):
-        clock = np.asarray(clock_at(jnp.asarray(origin, jnp.float32) / PER_HOUR), float)
         recent = filled[origin[:, None] - np.arange(6)]
-        return np.column_stack([recent, mean[origin], clock, np.ones(len(origin))])
+        return np.column_stack(
+            [recent, mean[origin], clock[origin], np.ones(len(origin))]
+        )
 
     def quantiles(values, index, target, reach):
         """Of `values`, those within `reach` hours of the target's time of day."""

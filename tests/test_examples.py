@@ -40,11 +40,11 @@ def test_training_continues_from_a_checkpoint(example, tmp_path):
 
 def test_latent_sde(example, tmp_path):
     scores = example("latent_sde").main(
-        steps=40, batch=8, dim=2, width=8, samples=2, out=tmp_path
+        steps=30, batch=8, dim=2, width=8, samples=2, out=tmp_path
     )
-    assert scores["loss: last 10 steps"] < 0.75 * scores["loss: first 10 steps"]
+    assert scores["loss: last 10 steps"] < 0.85 * scores["loss: first 10 steps"]
     assert (tmp_path / "latent_sde.png").stat().st_size > 10_000
-    assert (tmp_path / "train_40.eqx").exists()
+    assert (tmp_path / "train_30.eqx").exists()
 
 
 def test_latent_sde_mocap(example, tmp_path, monkeypatch):
