@@ -425,8 +425,9 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
     middle, spread = scores["free energy: SDE"], 2 * scores["standard error: SDE"]
     ax.axhspan(middle - spread, middle + spread, color=blue, alpha=0.3, lw=0)
     ax.axhline(middle, color=blue, label="SDE")
-    value = [scores[f"free energy: SDE as {k} layers"] for k in layers]
-    ax.plot(layers, value, "--x", color=blue, label="chain, networks of the SDE")
+    ax.set(ylim=(min(value.min(), middle) - 0.1, max(value.max(), middle) + 0.1))
+    as_chain = [scores[f"free energy: SDE as {k} layers"] for k in layers]
+    ax.plot(layers, as_chain, "--x", color=blue, label="chain, networks of the SDE")
     ax.set(title="Free energy of held-out data", xlabel="layers", ylabel="nats")
     ax.set_xscale("log", base=2)
     ax.legend(frameon=False)
