@@ -62,9 +62,9 @@ def clip_lipschitz(module: _Module, norm: _Norm = "l1") -> _Module:
 
     **Arguments:**
 
-    - `module`: any PyTree, such as an [`equinox.Module`][]. Each
-        [`equinox.nn.Linear`][] in it is clipped, also if it was made by
-        [`equinox.filter_vmap`][], with matrices stacked along first axes. Biases, and
+    - `module`: any PyTree, such as an `equinox.Module`. Each
+        `equinox.nn.Linear` in it is clipped, also if it was made by
+        `equinox.filter_vmap`, with matrices stacked along first axes. Biases, and
         arrays of modules that are not of `equinox.nn`, stay as they are.
     - `norm`: `"l1"`, the bound of $1/a$, by the size of the output; or `"linf"`, of
         $1/b$, by that of the input.
