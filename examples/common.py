@@ -73,6 +73,20 @@ def last_checkpoint(out: Path, name: str) -> Path | None:
     return max(out.glob(f"{name}_*.eqx"), key=number, default=None)
 
 
+def loss_scores(losses: Float[np.ndarray, " steps"], name: str = "") -> dict[str, Any]:
+    """Of the first and the last steps, of a model with some name."""
+    ends = {"first": losses[:10], "last": losses[-10:]}
+    return {f"loss: {end} 10 steps{name}": x.mean() for end, x in ends.items()}
+
+
+def report(scores: dict[str, Any]) -> dict[str, float]:
+    """Prints them, and returns them as plain numbers."""
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        print(f"{name:{width}s}{float(value):12.4f}")
+    return {name: float(value) for name, value in scores.items()}
+
+
 def normal_kl(
     mean: Float[Array, "... dim"],
     log_std: Float[Array, "... dim"],

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from common import last_checkpoint, train, update
+from common import last_checkpoint, loss_scores, report, train, update
 from diffrax import (
     AbstractAdjoint,
     AbstractSolver,
@@ -378,8 +378,7 @@ def main(
     for num in (*layers, None):
         name = "SDE" if num is None else f"{num} layers"
         model, losses = train_model(data, num, settings, out, resume, train_key)
-        scores[f"loss: first 10 steps: {name}"] = losses[:10].mean()
-        scores[f"loss: last 10 steps: {name}"] = losses[-10:].mean()
+        scores |= loss_scores(losses, f": {name}")
         value, error = evaluate(model, held_out, num, evaluate_key)
         scores[f"free energy: {name}"] = value
         scores[f"standard error: {name}"] = error
@@ -395,9 +394,7 @@ def main(
             scores[f"distance: {name}: {n} steps"] = value
     rows = [row for size in measured for row in costs(y, *size)]
 
-    scores = {name: float(value) for name, value in scores.items()}
-    for name, value in scores.items():
-        print(f"{name:60s}{value:10.4f}")
+    scores = report(scores)
     print(f"{'':36s}{'steps':>6s}{'parameters':>11s}{'ms':>9s}{'kB':>8s}")
     for name, n, parameters, ms, kilobytes in sorted(rows):
         print(f"{name:36s}{n:6d}{parameters:11d}{ms:9.1f}{kilobytes:8.0f}")

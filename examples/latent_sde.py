@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from common import coordinatewise, normal_kl, train, update
+from common import coordinatewise, loss_scores, normal_kl, report, train, update
 from diffrax import (
     ControlTerm,
     LinearInterpolation,
@@ -360,10 +360,7 @@ def main(
     (model, _), losses = train(step, state, steps, settings, out, resume)
 
     print(f"Evaluating on {(end - split) // DAY} held-out days ({held_out}).")
-    scores = {
-        "loss: first 10 steps": losses[:10].mean(),
-        "loss: last 10 steps": losses[-10:].mean(),
-    }
+    scores = loss_scores(losses)
 
     # A forecast from every full hour of the held-out days at which there is a reading.
     origins = np.arange(split + length, end - AHEAD[-1], PER_HOUR)
@@ -395,9 +392,7 @@ def main(
     for name, x in (("prior", prior), ("held-out", later)):
         scores[f"KS to training, readings: {name}"] = ks(x, days)
         scores[f"KS to training, hourly changes: {name}"] = ks(change(x), change(days))
-    scores = {name: float(value) for name, value in scores.items()}
-    for name, value in scores.items():
-        print(f"{name:42s}{value:9.3f}")
+    scores = report(scores)
 
     plot(out / "latent_sde.png", glucose, origins, fitted, ahead, days, prior, errors)
     print(f"Figure and checkpoints are in {out}/.")

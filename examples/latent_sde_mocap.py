@@ -32,7 +32,15 @@ import optax
 import scipy.io
 import scipy.stats
 import tyro
-from common import coordinatewise, last_checkpoint, normal_kl, train, update
+from common import (
+    coordinatewise,
+    last_checkpoint,
+    loss_scores,
+    normal_kl,
+    report,
+    train,
+    update,
+)
 from diffrax import ControlTerm, Euler, MultiTerm, ODETerm, SaveAt, diffeqsolve
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -346,9 +354,9 @@ def main(
 
     if len(seeds) == 0:
         raise ValueError("`seeds` is empty.")
-    scores, errors, all_losses, predictions = {}, [], [], []
+    scores, errors, all_losses = {}, [], []
+    predicted = np.empty((SAMPLES, *truth.shape), np.float32)
     for seed in seeds:
-        predicted = np.empty((SAMPLES, *truth.shape), np.float32)
         for i, (seen, unseen) in enumerate(splits):
             train_key, predict_key = jr.split(jr.fold_in(jr.key(seed), i))
             name = f"seed_{seed}_split_{i}"
@@ -359,7 +367,6 @@ def main(
             samples = predict(model, jnp.asarray(truth[unseen]), recipe, predict_key)
             predicted[:, unseen] = samples
             all_losses.append(losses)
-        predictions.append(predicted)
         # The error of each sample and sequence.
         error = np.mean((predicted - truth)[:, :, GIVEN:] ** 2, axis=(2, 3))
         mean, half = interval(error.mean(axis=1))
@@ -368,16 +375,13 @@ def main(
         errors.append(error.mean(axis=0))
         print(f"Seed {seed}: {mean:.2f}, each: {errors[-1].round(1)}")
     losses = np.mean(all_losses, axis=0)
-    scores["loss: first 10 steps"] = losses[:10].mean()
-    scores["loss: last 10 steps"] = losses[-10:].mean()
+    scores |= loss_scores(losses)
     scores["MSE"] = np.mean(errors)
     if len(seeds) > 1:
         scores["MSE: +- over seeds"] = interval(np.mean(errors, axis=1))[1]
-    scores = {name: float(value) for name, value in scores.items()}
-    for name, value in scores.items():
-        print(f"{name:40s}{value:9.3f}")
+    scores = report(scores)
 
-    plot(out / "latent_sde_mocap.png", truth, predictions[-1], np.array(errors), seeds)
+    plot(out / "latent_sde_mocap.png", truth, predicted, np.array(errors), seeds)
     print(f"Figure and checkpoints are in {out}/.")
     return scores
 

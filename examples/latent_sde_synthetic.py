@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from common import coordinatewise, normal_kl, train, update
+from common import coordinatewise, loss_scores, normal_kl, report, train, update
 from diffrax import (
     ControlTerm,
     Euler,
@@ -234,7 +234,7 @@ def sample_prior(model: LatentSDE, num: int, times: int, key: PRNGKeyArray):
 
 
 def energy_distance(
-    x: Float[np.ndarray, "num ..."], y: Float[np.ndarray, "num ..."], seed: int = 0
+    x: Float[np.ndarray, "num ..."], y: Float[np.ndarray, "num ..."]
 ) -> tuple[float, float]:
     """The energy distance of two samples, without bias; and what it is at most in 95 of
     100 cases if both are of one distribution, by permutations.
@@ -245,7 +245,7 @@ def energy_distance(
     num = len(x)
     pooled = np.concatenate([a.reshape(num, -1) for a in (x, y)])
     distances = cdist(pooled, pooled)
-    rng = np.random.default_rng((seed, 1))
+    rng = np.random.default_rng((0, 1))
     shuffled = [rng.permutation(2 * num) < num for _ in range(200)]
     first = np.stack([np.arange(2 * num) < num, *shuffled], axis=1).astype(float)
     second = 1 - first
@@ -315,10 +315,7 @@ def main(
     one_step = lambda state, i: step(state, series, seen, jnp.asarray(i))
     (model, _), losses = train(one_step, state, steps, settings, out, resume)
 
-    scores = {
-        "loss: first 10 steps": losses[:10].mean(),
-        "loss: last 10 steps": losses[-10:].mean(),
-    }
+    scores = loss_scores(losses)
     noise = NOISE * jr.normal(keys[6], clean[:SERIES].shape, float32)
     prior = sample_prior(model, SERIES, times, keys[5]) + noise
     flat = np.asarray(series).reshape(SERIES, -1)
@@ -333,9 +330,7 @@ def main(
         distance, bound = energy_distance(np.asarray(x), np.asarray(held_out))
         scores[f"energy distance: {name}"] = distance
         scores[f"95% of permutations: {name}"] = bound
-    scores = {name: float(value) for name, value in scores.items()}
-    for name, value in scores.items():
-        print(f"{name:70s}{value:12.5f}")
+    scores = report(scores)
 
     fitted, _ = eqx.filter_jit(posterior)(model, held_out, seen_later, keys[7])
     path = out / f"{process}.png"
