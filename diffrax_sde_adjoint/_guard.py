@@ -47,15 +47,15 @@ class Drift(eqx.Module):
 
     @staticmethod
     def none(
-        largest_y: PyTree[Float[Array, ""]],
+        largest_y: PyTree[Float[Array, "..."]],
         grad_ys: list[PyTree[Array]],
         others: PyTree[Array],
         grad_others: PyTree[Array | None],
         least_tolerance: float,
     ) -> "Drift":
         """At the end of the solve. `grad_ys` are the cotangents of the solution, where
-        it is an output. Then its size is its largest entry at any time of the forward
-        solve, by leaf, as it may just pass through zero.
+        it is an output. Then the size of a leaf is its largest entry at any time of the
+        forward solve, as it may just pass through zero; `largest_y` has that of each.
         """
 
         def product(grad, x):

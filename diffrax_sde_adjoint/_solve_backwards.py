@@ -281,7 +281,7 @@ class SolveBackwards(eqx.Module):
         if tape is not None and tape.snapshots is not None:
             num_pages = tape.num_pages
         largest_y = jtu.tree_map(
-            lambda *x: jnp.max(jnp.abs(jnp.stack(x)), initial=0),
+            lambda *x: jnp.maximum(*map(jnp.abs, x)),
             init_state.y,
             final_state.y,
         )
