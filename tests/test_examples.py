@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.stats
+from diffrax import DirectAdjoint, Heun
 
 
 @pytest.fixture
@@ -199,3 +200,135 @@ def test_dlgm_diffusion_limit(example, tmp_path, measured):
     assert distance(backpropagation, 64) < 0.5 * distance(backpropagation, 4)
     assert distance(ours, 16) < distance(ours, 4)
     assert (tmp_path / "dlgm_diffusion_limit.png").stat().st_size > 10_000
+
+
+def _critic(gan, scale):
+    """With larger weights than one that has not been trained."""
+    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
+    return jax.tree.map(lambda x: scale * x if eqx.is_array(x) else x, critic)
+
+
+def test_sde_gan(example, tmp_path):
+    gan = example("sde_gan")
+    scores = gan.main(
+        data="ou", steps=60, batch=64, metric_steps=5, samples=100, out=tmp_path
+    )
+    assert all(map(np.isfinite, scores.values()))
+    mmd = lambda kind: scores[f"MMD^2 of marginals: {kind}"]
+    assert mmd("generator") < 0.5 * mmd("untrained")
+    assert (tmp_path / "ou.png").stat().st_size > 10_000
+
+
+def test_data_of_the_sde_gan(example):
+    gan = example("sde_gan")
+    y = gan.ornstein_uhlenbeck(4096, 0)[..., 0]
+    t = np.arange(64)
+    mean = 0.2 * t - 2 + 2 * np.exp(-0.1 * t)
+    var = np.exp(-0.2 * t) / 3 + 0.4**2 * (1 - np.exp(-0.2 * t)) / 0.2
+    assert np.all(np.abs(y.mean(axis=0) - mean) < 4.5 * np.sqrt(var / 4096))
+    assert np.all(np.abs(y.var(axis=0) / var - 1) < 4.5 * np.sqrt(2 / 4096))
+    lag = np.mean((y[:, 40] - mean[40]) * (y[:, 30] - mean[30]))
+    assert abs(lag / (np.exp(-1) * var[30]) - 1) < 0.25
+
+    glucose = gan.load("glucose")
+    for x in (glucose.train, glucose.held_out):
+        assert x.shape[1:] == (64, 1) and len(x) > 1000 and np.isfinite(x).all()
+    train = {x.tobytes() for x in glucose.train[:, :16]}
+    held_out = {x.tobytes() for x in glucose.held_out[:, :16]}
+    assert not train & held_out
+    start = glucose.train[:, 0]
+    assert abs(start.mean()) < 1e-4 and abs(start.std() - 1) < 1e-4
+
+
+def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
+    """However large its weights were, the critic never magnifies the distance of two
+    paths by more than what follows from its networks being 1-Lipschitz, step by step.
+    """
+    gan = example("sde_gan")
+    monkeypatch.setattr(gan, "TIMES", 5)
+    critic = _critic(gan, 40)
+    largest = lambda x: jnp.ones_like(x) if eqx.is_array(x) else x
+    x_key, step_key = jr.split(jr.key(1))
+    x = jnp.cumsum(0.3 * jr.normal(x_key, (256, 5, 1), jnp.float32), axis=1)
+    change = 1e-3 * jr.normal(step_key, x.shape, jnp.float32)
+
+    def bound(x, change):
+        start, step, step_change = change[0], jnp.diff(x), jnp.diff(change)
+        y = yhat = jnp.abs(start)
+        for s, d in jnp.abs(jnp.stack([step, step_change], axis=-1)):
+            # Of the vector field times the step, at a distance of the states.
+            moved = lambda distance, s=s, d=d: (1 + s) * distance + gan.HIDDEN * d
+            before = moved(yhat)
+            yhat = 2 * y + yhat + before
+            y = y + 0.5 * (before + moved(yhat))
+        return jnp.abs(start) + y
+
+    bounds = jax.vmap(bound)(x[..., 0], change[..., 0])
+    score = eqx.filter_jit(gan.criticise)
+    distance = lambda critic: jnp.abs(score(critic, x + change) - score(critic, x))
+    assert jnp.any(distance(critic) > bounds)
+    for weights in (critic, jax.tree.map(largest, critic)):
+        assert jnp.all(distance(gan.clip_lipschitz(weights)) <= bounds)
+
+
+def test_penalty_gradient(example, monkeypatch):
+    """It is that of reverse over reverse mode, of an adjoint that can do so."""
+    gan = example("sde_gan")
+    monkeypatch.setattr(gan, "TIMES", 4)
+    critic = _critic(gan, 2)
+    series = jr.normal(jr.key(1), (3, 4, 1), jnp.float32)
+
+    def penalty(critic):
+        method = gan.Method(Heun(), DirectAdjoint())
+        total = lambda series: jnp.sum(gan.criticise(critic, series, method))
+        norm = jnp.sqrt(jnp.sum(jax.grad(total)(series) ** 2, axis=(1, 2)))
+        return 3 * jnp.mean((norm - 1) ** 2)
+
+    expected = eqx.filter_jit(eqx.filter_grad(penalty))(critic)
+    method = gan.Method(Heun())
+    found = eqx.filter_jit(gan.penalty_gradient)(critic, series, 3.0, method)
+    # Of a bias that has no part in it, there is none.
+    found = eqx.apply_updates(jax.tree.map(jnp.zeros_like, expected), found)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-3, atol=1e-4 * jnp.max(jnp.abs(b)))
+    assert jnp.max(jnp.abs(found.field.layers[0].weight)) > 1e-3
+
+
+def test_series_metrics(example):
+    metrics = example("series_metrics")
+    rng = np.random.default_rng(0)
+    walks = np.cumsum(rng.normal(size=(3, 600, 20, 1)), axis=2).astype(np.float32)
+    x, y, z = walks
+    drifting = 0.8 * np.arange(20, dtype=np.float32)[:, None]
+
+    # Of a straight line from zero, a term of the signature is a product of lengths,
+    # by the factorial of their number.
+    line = np.linspace(0, 2, 20)[None, :, None]
+    terms = metrics.signatures(line)[0]
+    assert len(terms) == 2 + 4 + 8 + 16 + 32
+    assert np.allclose(terms[:6], [1, 2, 0.5, 1, 1, 2], atol=1e-12)
+    assert np.isclose(terms[-1], 2**5 / 120)
+
+    # Two samples of a distribution, and another one.
+    for metric in (metrics.marginal_mmd, metrics.signature_mmd):
+        assert abs(metric(x, y)) < 0.2 * metric(x + drifting, y)
+    # A normal distribution of mean `d`, and kernels of the width of another one.
+    d, num = 1.5, 2000
+    normal = rng.normal(size=(2, num, 6, 1))
+    exact = 2 / 3**0.5 * (1 - np.exp(-(d**2) / 6))
+    assert abs(metrics.marginal_mmd(normal[0] + d, normal[1]) - exact) < 0.02
+
+    alike = metrics.classification_accuracy(
+        (x[:300], y[:300]), (x[300:], y[300:]), 60, 0
+    )
+    assert 0.4 < alike < 0.6
+    differ = (x[:300], y[:300] + drifting), (x[300:], y[300:] + drifting)
+    assert metrics.classification_accuracy(*differ, 60, 0) > 0.8
+    # What comes next is learned from series that also drift, not from others.
+    loss = lambda train: metrics.prediction_loss(train, z + drifting, 150, 0)
+    assert loss(x + drifting) < 0.8 * loss(x - drifting)
+
+    other = metrics.gaussian_increments(x, 5000, 0)
+    assert np.allclose(other.mean(axis=0), x.mean(axis=0), atol=0.5)
+    spread = np.diff(other, axis=1).std(axis=0)
+    assert np.allclose(spread, np.diff(x, axis=1).std(axis=0), rtol=0.1)
