@@ -281,7 +281,7 @@ class SolveBackwards(eqx.Module):
         if tape is not None and tape.snapshots is not None:
             num_pages = tape.num_pages
         largest_y = jtu.tree_map(
-            lambda *x: jnp.maximum(*map(jnp.abs, x)),
+            lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)),
             init_state.y,
             final_state.y,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 
@@ -55,6 +56,8 @@ def train(
         state, loss = step(state, i)
         losses.append(loss)
         if i % 20 == 0:
+            if not np.isfinite(loss).all():
+                raise FloatingPointError(f"The loss at step {i} is {np.asarray(loss)}.")
             progress.set_postfix(loss=f"{np.mean(loss):.3f}")
         if 4 * (i + 1) // steps > 4 * i // steps:
             path = out / f"{name}_{i + 1}.eqx"
@@ -119,3 +122,18 @@ def coordinatewise(
 
     in_axes = (eqx.if_array(0), 1)
     return eqx.filter_vmap(of_batch, in_axes=in_axes, out_axes=1)(networks, z)
+
+
+def plot_quantiles(ax: Axes, t, held_out, other, colour: str, label: str):
+    """Of series along the first axis: 5, 25, 50, 75 and 95%. Those of `held_out` are
+    bands.
+    """
+    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+    low, lower, middle, upper, high = np.quantile(held_out, quantiles, axis=0)
+    ax.fill_between(t, low, high, color="0.88", lw=0)
+    ax.fill_between(t, lower, upper, color="0.75", lw=0, label="held out")
+    ax.plot(t, middle, color="0.45", lw=2)
+    curves = np.quantile(other, quantiles, axis=0)
+    for curve, style in zip(curves, (":", "--", "-", "--", ":"), strict=True):
+        name = label if style == "-" else None
+        ax.plot(t, curve, style, color=colour, lw=1.3, label=name)

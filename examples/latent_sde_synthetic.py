@@ -27,7 +27,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from common import coordinatewise, loss_scores, normal_kl, report, train, update
+from common import (
+    coordinatewise,
+    loss_scores,
+    normal_kl,
+    plot_quantiles,
+    report,
+    train,
+    update,
+)
 from diffrax import (
     ControlTerm,
     Euler,
@@ -374,19 +382,9 @@ def plot(path: Path, held_out, seen, prior, fitted):
         ax.plot(t, fitted[i, :, 0], color=shade, lw=1.2)
     ax.set(title="Held-out series (dots) and posterior paths", ylabel="$y_1$")
 
-    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
     for i in range(dim):
         ax = axes[1, i]
-        low, lower, middle, upper, high = np.quantile(
-            held_out[..., i], quantiles, axis=0
-        )
-        ax.fill_between(t, low, high, color="0.88", lw=0)
-        ax.fill_between(t, lower, upper, color="0.75", lw=0, label="held out")
-        ax.plot(t, middle, color=grey, lw=2)
-        of_prior = np.quantile(prior[..., i], quantiles, axis=0)
-        for curve, style in zip(of_prior, (":", "--", "-", "--", ":"), strict=True):
-            label = "prior" if style == "-" else None
-            ax.plot(t, curve, style, color=blue, lw=1.3, label=label)
+        plot_quantiles(ax, t, held_out[..., i], prior[..., i], blue, "prior")
         ax.set(title=f"Quantiles of $y_{i + 1}$: 5, 25, 50, 75, 95%")
     axes[1, 0].legend(frameon=False)
     if dim == 1:

@@ -6,8 +6,8 @@
 The generator is a neural SDE and the critic a neural CDE, both solved by reversible
 Heun and differentiated by `StochasticAdjoint`. Clipping and LipSwish keep the critic
 Lipschitz, as in Kidger, Foster, Li and Lyons, "Efficient and accurate gradients for
-neural SDEs" (2021), https://arxiv.org/abs/2105.13493. With `--lipschitz penalty` or
-`--solver midpoint` it is what that paper compares with.
+neural SDEs" (2021), https://arxiv.org/abs/2105.13493. With `--penalty 10` or `--solver
+midpoint` it is what that paper compares with.
 
 By default the series are 16 hours of the glucose of one person, every quarter of an
 hour; `--data ou` is a time-dependent Ornstein-Uhlenbeck process.
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from common import loss_scores, report, train, update
+from common import loss_scores, plot_quantiles, report, train, update
 from diffrax import (
     AbstractAdjoint,
     AbstractPath,
@@ -91,31 +91,43 @@ def ornstein_uhlenbeck(num: int, seed: int) -> Float[np.ndarray, "num times 1"]:
     return (around + distance)[..., None]
 
 
-def glucose_windows() -> list[Float[np.ndarray, "num times 1"]]:
-    """Log glucose in windows without gaps, from anywhere in two days; of every fifth
-    pair of days they are held out.
+def glucose_windows() -> dict[str, Float[np.ndarray, "num times 1"]]:
+    """Log glucose in windows without gaps, which start at any time of the first of two
+    days. Of ten pairs of days, seven are for training, one for validation and two for
+    the test.
     """
     pairs = np.log(load_glucose())
     pairs = pairs[: len(pairs) // (2 * DAY) * 2 * DAY].reshape(-1, 2 * DAY)
-    windows = np.lib.stride_tricks.sliding_window_view(pairs, TIMES, axis=1)
-    is_held_out = np.arange(len(pairs)) % 5 == 2
-    split = (windows[x].reshape(-1, TIMES, 1) for x in (~is_held_out, is_held_out))
-    return [x[np.isfinite(x).all(axis=(1, 2))] for x in split]
+    windows = np.lib.stride_tricks.sliding_window_view(pairs, TIMES, axis=1)[:, :DAY]
+    of_ten = np.arange(len(pairs)) % 10
+    parts = dict(validation=(4,), test=(2, 7), train=(0, 1, 3, 5, 6, 8, 9))
+    split = {
+        name: windows[np.isin(of_ten, part)].reshape(-1, TIMES, 1)
+        for name, part in parts.items()
+    }
+    return {name: x[np.isfinite(x).all(axis=(1, 2))] for name, x in split.items()}
 
 
-def load(name: Literal["glucose", "ou"]) -> Data:
+def load(
+    name: Literal["glucose", "ou"], held_out: Literal["validation", "test"]
+) -> Data:
     """Scaled by the mean and the standard deviation at the first time."""
     if name == "ou":
-        series = [ornstein_uhlenbeck(num, i) for i, num in enumerate((8192, 2048))]
+        sizes = dict(train=8192, test=2048, validation=2048)
+        split = {
+            part: ornstein_uhlenbeck(num, i)
+            for i, (part, num) in enumerate(sizes.items())
+        }
         label = "y"
     else:
-        series = glucose_windows()
+        split = glucose_windows()
         label = "log glucose, scaled"
+    series = [split["train"], split[held_out]]
     start = series[0][:, 0]
-    train, held_out = (
+    train, others = (
         ((x - start.mean()) / start.std()).astype(np.float32) for x in series
     )
-    return Data(train, held_out, label)
+    return Data(train, others, label)
 
 
 # Models
@@ -126,7 +138,11 @@ def brownian_interval(t0, t1, shape, key: PRNGKeyArray) -> AbstractPath:
 
 
 class Method(NamedTuple):
-    """How both equations are solved and differentiated."""
+    """How both equations are solved and differentiated.
+
+    Some states are kept, as 63 steps of reversible Heun cannot be undone with single
+    precision: `StochasticAdjoint` would raise an error.
+    """
 
     solver: AbstractSolver = ReversibleHeun()
     adjoint: AbstractAdjoint = StochasticAdjoint(checkpoint_every=16)
@@ -217,7 +233,9 @@ class FieldTerm(AbstractTerm):
 
 
 def make_generator(dim: int, key: PRNGKeyArray) -> NeuralDE:
-    """Its series start as far apart as those of the data do, roughly."""
+    """The network of the start has larger weights, so that series start about as far
+    apart as those of the data do.
+    """
     generator = NeuralDE(INITIAL_NOISE, NOISE, dim, key)
     larger = lambda x: 4 * x if eqx.is_array(x) else x
     start = jax.tree.map(larger, generator.initial)
@@ -268,15 +286,16 @@ class Pair(NamedTuple):
 
 def score_difference(
     models: Pair, series: Float[Array, "num times dim"], key, method: Method
-) -> Float[Array, ""]:
-    """What the critic gives to series of data, on average, more than to generated ones.
+) -> tuple[Float[Array, ""], Float[Array, "num times dim"]]:
+    """What the critic gives to series of data, on average, more than to generated ones;
+    and these.
 
     The critic is to make it large, and the generator to make it small.
     """
     generated = generate(models.generator, len(series), key, method)
     both = jnp.concatenate([series, generated])
     real, fake = jnp.split(criticise(models.critic, both, method), 2)
-    return jnp.mean(real) - jnp.mean(fake)
+    return jnp.mean(real) - jnp.mean(fake), generated
 
 
 def penalty_gradient(critic: NeuralDE, series, weight: float, method: Method):
@@ -290,6 +309,7 @@ def penalty_gradient(critic: NeuralDE, series, weight: float, method: Method):
     total = lambda critic, y: jnp.sum(criticise(critic, y, method))
     slope = jax.grad(total, argnums=1)(critic, series)
     norm = jnp.sqrt(jnp.sum(slope**2, axis=(1, 2), keepdims=True))
+    norm = jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
     direction = 2 * weight / len(series) * (norm - 1) / norm * slope
     gradient = lambda y: eqx.filter_grad(total)(critic, y)
     return eqx.filter_jvp(gradient, (series,), (direction,))[1]
@@ -317,6 +337,15 @@ class State(NamedTuple):
     average: NeuralDE  # of the generator, over the second half of the steps
 
 
+def averaged(average: NeuralDE, model: NeuralDE, num: Int[Array, ""]) -> NeuralDE:
+    """The average of `num` models, of which `average` is, and of another one. Of none,
+    it is the other one.
+    """
+    weight = 1 / jnp.maximum(1, num + 1).astype(float32)
+    mean = lambda x, old: old + weight * (x - old) if eqx.is_array(x) else x
+    return jax.tree.map(mean, model, average)
+
+
 def train_step(
     state: State,
     series: Float[Array, "batch times dim"],
@@ -332,10 +361,11 @@ def train_step(
     """
     path_key, mix_key = jr.split(key)
     difference = lambda models: score_difference(models, series, path_key, method)
-    loss, grads = eqx.filter_value_and_grad(difference)(state.models)
+    (loss, generated), grads = eqx.filter_value_and_grad(difference, has_aux=True)(
+        state.models
+    )
     grads = grads._replace(critic=jax.tree.map(jnp.negative, grads.critic))
     if penalty is not None:
-        generated = generate(state.models.generator, len(series), path_key, method)
         share = jr.uniform(mix_key, (len(series), 1, 1), float32)
         between = share * series + (1 - share) * generated
         more = penalty_gradient(state.models.critic, between, penalty, method)
@@ -347,9 +377,7 @@ def train_step(
     models, opt_states = (Pair(*each) for each in zip(*new, strict=True))
     if penalty is None:
         models = models._replace(critic=clip_lipschitz(models.critic))
-    weight = 1 / jnp.maximum(1, i - averaged_from + 1).astype(float32)
-    mean = lambda x, old: old + weight * (x - old) if eqx.is_array(x) else x
-    average = jax.tree.map(mean, models.generator, state.average)
+    average = averaged(state.average, models.generator, i - averaged_from)
     return State(models, opt_states, average), loss
 
 
@@ -357,11 +385,11 @@ def main(
     *,
     data: Literal["glucose", "ou"] = "glucose",
     solver: Literal["reversible-heun", "midpoint"] = "reversible-heun",
-    lipschitz: Literal["clipping", "penalty"] = "clipping",
+    penalty: float | None = None,
     steps: int = 8000,
     batch: int = 128,
     learning_rates: tuple[float, float] = (2e-4, 2e-3),
-    penalty: float = 10.0,
+    held_out: Literal["validation", "test"] = "test",
     metric_steps: int = 500,
     samples: int = 2048,
     seed: int = 0,
@@ -371,31 +399,34 @@ def main(
     """Train a generator of series, and compare what it generates with held-out ones.
 
     Args:
-        lipschitz: clip the critic's weights, or penalise its gradient (WGAN-GP).
+        data: what to learn.
+        solver: of the generator and of the critic.
+        penalty: the weight of a penalty of the critic's gradient (WGAN-GP, where it
+            is 10), instead of clipping its weights.
+        steps: of the optimiser; the generator is the average over their second half.
         batch: series of the data, and as many generated ones, in each step.
         learning_rates: of the generator and of the critic.
-        penalty: the weight of the gradient penalty, if there is one.
+        held_out: what to compare with. Choose settings by `validation`.
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
         out: where the figure and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
     settings = dict(locals())
-    for name in ("out", "resume", "metric_steps", "samples"):
+    for name in ("out", "resume", "held_out", "metric_steps", "samples"):
         del settings[name]
     out.mkdir(parents=True, exist_ok=True)
     keys = jr.split(jr.key(seed), 5)
-    dataset = load(data)
+    dataset = load(data, held_out)
     series = jnp.asarray(dataset.train)
     method = Method(ReversibleHeun() if solver == "reversible-heun" else Midpoint())
-    weight = penalty if lipschitz == "penalty" else None
     optimisers = Pair(*map(make_optimiser, learning_rates))
 
     @eqx.filter_jit
     def start():
         dim = series.shape[-1]
         models = Pair(make_generator(dim, keys[0]), make_critic(dim, keys[1]))
-        if weight is None:
+        if penalty is None:
             models = models._replace(critic=clip_lipschitz(models.critic))
         inits = (optimiser.init for optimiser in optimisers)
         arrays = (eqx.filter(model, eqx.is_array) for model in models)
@@ -406,7 +437,7 @@ def main(
     def step(state, series, i):
         data_key, step_key = jr.split(jr.fold_in(keys[2], i))
         real = series[jr.choice(data_key, len(series), (batch,))]
-        args = (optimisers, method, weight, steps // 2)
+        args = (optimisers, method, penalty, steps // 2)
         return train_step(state, real, i, step_key, *args)
 
     untrained = start()
@@ -416,7 +447,7 @@ def main(
     rng = np.random.default_rng((seed, 2))
     samples = min(samples, *map(len, (dataset.train, dataset.held_out)))
     choose = lambda x: x[rng.permutation(len(x))[:samples]]
-    held_out, real = choose(dataset.held_out), choose(dataset.train)
+    others, real = choose(dataset.held_out), choose(dataset.train)
     sample = eqx.filter_jit(lambda model, key: generate(model, samples, key, method))
     pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
     normal = [gaussian_increments(dataset.train, samples, 2 * seed + i) for i in (0, 1)]
@@ -428,20 +459,20 @@ def main(
     scores = {}
     for kind, (first, second) in kinds.items():
         scores[f"real or not: {kind}"] = classification_accuracy(
-            (real, first), (held_out, second), metric_steps, seed
+            (real, first), (others, second), metric_steps, seed
         )
     kinds["series for training"] = [real]
     for kind, (first, *_) in kinds.items():
-        loss = prediction_loss(first, held_out, metric_steps, seed)
+        loss = prediction_loss(first, others, metric_steps, seed)
         scores[f"prediction: {kind}"] = loss
     for kind, (first, *_) in kinds.items():
-        scores[f"MMD of signatures: {kind}"] = signature_mmd(first, held_out)
+        scores[f"MMD of signatures: {kind}"] = signature_mmd(first, others)
     for kind, (first, *_) in kinds.items():
-        scores[f"MMD^2 of marginals: {kind}"] = marginal_mmd(first, held_out)
+        scores[f"MMD^2 of marginals: {kind}"] = marginal_mmd(first, others)
     scores |= loss_scores(losses)
     scores = report(scores)
     generated = kinds["generator"][0]
-    plot(out / f"{data}.png", dataset.label, held_out, generated, normal[0])
+    plot(out / f"{data}.png", dataset.label, others, generated, normal[0])
     print(f"Figure and checkpoints are in {out}/.")
     return scores
 
@@ -464,14 +495,7 @@ def plot(path: Path, label: str, held_out, generated, normal):
     axes[0].set(ylabel=label)
 
     ax = axes[2]
-    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-    first, lower, middle, upper, last = np.quantile(held_out[..., 0], quantiles, axis=0)
-    ax.fill_between(t, first, last, color="0.88", lw=0)
-    ax.fill_between(t, lower, upper, color="0.75", lw=0)
-    ax.plot(t, middle, color=grey, lw=2)
-    curves = np.quantile(generated[..., 0], quantiles, axis=0)
-    for curve, style in zip(curves, (":", "--", "-", "--", ":"), strict=True):
-        ax.plot(t, curve, style, color=blue, lw=1.3)
+    plot_quantiles(ax, t, held_out[..., 0], generated[..., 0], blue, "generated")
     ax.set(title="Quantiles: 5, 25, 50, 75, 95%", xlabel="time", ylim=limits)
 
     kinds = (

@@ -41,9 +41,10 @@ def marginal_times(series: Series) -> np.ndarray:
 
 
 def marginal_mmd(x: Series, y: Series) -> float:
-    """The squared maximum mean discrepancy of values at one time, without bias, on
-    average over five times. The kernel is Gaussian, as wide as the standard deviation
-    of `y` then. See Gretton et al., "A kernel two-sample test" (2012).
+    """The squared maximum mean discrepancy of values at one time, on average over five
+    times; without bias, if the series of each sample are independent. The kernel is
+    Gaussian, as wide as the standard deviation of `y` then. See Gretton et al., "A
+    kernel two-sample test" (2012).
     """
 
     def at(x, y):
@@ -86,27 +87,30 @@ def signature_mmd(x: Series, y: Series) -> float:
 
 
 class _Reader(eqx.Module):
-    """A GRU that reads values and their changes, and a linear map of its last state."""
+    """A GRU, and a linear map of its last state."""
 
     cell: eqx.nn.GRUCell
     readout: eqx.nn.Linear
 
     def __init__(self, dim: int, out: int, key: PRNGKeyArray):
         cell_key, readout_key = jr.split(key)
-        self.cell = eqx.nn.GRUCell(2 * dim, HIDDEN, dtype=float32, key=cell_key)
+        self.cell = eqx.nn.GRUCell(dim, HIDDEN, dtype=float32, key=cell_key)
         self.readout = eqx.nn.Linear(HIDDEN, out, dtype=float32, key=readout_key)
 
     def __call__(self, series: Float[Array, "num times dim"]):
-        change = jnp.diff(series, axis=1)
-        change = change / jnp.std(change)
-        inputs = jnp.concatenate([series[:, 1:], change], axis=-1)
-
         def step(hidden, inputs):
             return jax.vmap(self.cell)(inputs, hidden), None
 
         hidden = jnp.zeros((len(series), HIDDEN), float32)
-        hidden, _ = jax.lax.scan(step, hidden, jnp.swapaxes(inputs, 0, 1))
+        hidden, _ = jax.lax.scan(step, hidden, jnp.swapaxes(series, 0, 1))
         return jax.vmap(self.readout)(hidden)
+
+
+def _with_changes(series: Series, held_out: Series) -> Float[Array, "num times 2*dim"]:
+    """Values and their changes, in units of what `held_out` has of either."""
+    values = series[:, 1:] / np.std(held_out)
+    changes = np.diff(series, axis=1) / np.std(np.diff(held_out, axis=1))
+    return jnp.asarray(np.concatenate([values, changes], axis=-1), float32)
 
 
 @eqx.filter_jit
@@ -151,10 +155,11 @@ def classification_accuracy(
     not.
     """
     labels = lambda pair: np.repeat([1.0, 0.0], [len(x) for x in pair])[:, None]
-    series = lambda pair: np.concatenate(pair) / np.std(test[0])
-    x, y = (jnp.asarray(x, float32) for x in (series(train), labels(train)))
-    reader = _fit(optax.sigmoid_binary_cross_entropy, x, y, steps, jr.key(seed))
-    logit = _read(reader, jnp.asarray(series(test), float32))
+    inputs = lambda pair: _with_changes(np.concatenate(pair), test[0])
+    target = jnp.asarray(labels(train), float32)
+    loss = optax.sigmoid_binary_cross_entropy
+    reader = _fit(loss, inputs(train), target, steps, jr.key(seed))
+    logit = _read(reader, inputs(test))
     is_right = (np.asarray(logit) > 0) == (labels(test) > 0.5)
     return float(np.mean(is_right))
 
@@ -163,10 +168,13 @@ def prediction_loss(train: Series, test: Series, steps: int, seed: int) -> float
     """The mean squared error of predictions of the last fifth of `test` from what is
     before, by a network that was trained on `train`.
     """
-    train, test = (x / np.std(test) for x in (train, test))
     seen = round(0.8 * test.shape[1])
-    future = lambda x: (x[:, seen:] - x[:, seen - 1 : seen]).reshape(len(x), -1)
-    x, y = (jnp.asarray(x, float32) for x in (train[:, :seen], future(train)))
-    reader = _fit(_squared_error, x, y, steps, jr.key(seed))
-    predicted = _read(reader, jnp.asarray(test[:, :seen], float32))
-    return float(np.mean((np.asarray(predicted) - future(test)) ** 2))
+
+    def future(series):
+        change = series[:, seen:] - series[:, seen - 1 : seen]
+        return jnp.asarray(change.reshape(len(series), -1) / np.std(test), float32)
+
+    past = lambda series: _with_changes(series[:, :seen], test)
+    reader = _fit(_squared_error, past(train), future(train), steps, jr.key(seed))
+    predicted = _read(reader, past(test))
+    return float(jnp.mean(_squared_error(predicted, future(test))))

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.stats
-from diffrax import DirectAdjoint, Heun
+from diffrax import DirectAdjoint, Midpoint
+
+from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
 
 @pytest.fixture
@@ -202,21 +205,45 @@ def test_dlgm_diffusion_limit(example, tmp_path, measured):
     assert (tmp_path / "dlgm_diffusion_limit.png").stat().st_size > 10_000
 
 
-def _critic(gan, scale):
-    """With larger weights than one that has not been trained."""
-    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
-    return jax.tree.map(lambda x: scale * x if eqx.is_array(x) else x, critic)
-
-
 def test_sde_gan(example, tmp_path):
-    gan = example("sde_gan")
-    scores = gan.main(
+    scores = example("sde_gan").main(
         data="ou", steps=60, batch=64, metric_steps=5, samples=100, out=tmp_path
     )
     assert all(map(np.isfinite, scores.values()))
     mmd = lambda kind: scores[f"MMD^2 of marginals: {kind}"]
     assert mmd("generator") < 0.5 * mmd("untrained")
     assert (tmp_path / "ou.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sde_gan_with_a_penalty(example, tmp_path):
+    gan = example("sde_gan")
+    settings = dict(
+        held_out="validation",
+        solver="midpoint",
+        penalty=1e5,
+        steps=40,
+        batch=16,
+        learning_rates=(1e-12, 1e-3),
+        metric_steps=2,
+        samples=20,
+        out=tmp_path,
+    )
+    scores = gan.main(**settings)
+    # The penalty is nearly all that counts, and is taken away from the critic's score.
+    assert np.isfinite(scores["loss: last 10 steps"])
+    resumed = gan.main(**settings, resume=tmp_path / "train_20.eqx")
+    assert resumed == scores
+
+
+def test_averages_of_generators(example):
+    gan = example("sde_gan")
+    models = jr.normal(jr.key(0), (7, 3), jnp.float32)
+    average = jnp.zeros(3, jnp.float32)
+    for i, model in enumerate(models):
+        average = gan.averaged(average, model, jnp.asarray(i - 3))
+        assert i > 3 or jnp.allclose(average, model, rtol=1e-5)
+    assert jnp.allclose(average, models[3:].mean(axis=0), rtol=1e-6)
 
 
 def test_data_of_the_sde_gan(example):
@@ -230,63 +257,113 @@ def test_data_of_the_sde_gan(example):
     lag = np.mean((y[:, 40] - mean[40]) * (y[:, 30] - mean[30]))
     assert abs(lag / (np.exp(-1) * var[30]) - 1) < 0.25
 
-    glucose = gan.load("glucose")
-    for x in (glucose.train, glucose.held_out):
-        assert x.shape[1:] == (64, 1) and len(x) > 1000 and np.isfinite(x).all()
-    train = {x.tobytes() for x in glucose.train[:, :16]}
-    held_out = {x.tobytes() for x in glucose.held_out[:, :16]}
-    assert not train & held_out
-    start = glucose.train[:, 0]
+    split = gan.glucose_windows()
+    sizes = {name: len(x) for name, x in split.items()}
+    assert sizes["train"] > 2 * sizes["test"] > 4 * sizes["validation"] > 1000
+    parts = []
+    for x in split.values():
+        assert x.shape[1:] == (64, 1) and np.isfinite(x).all()
+        # Four hours of readings are found in one part only.
+        parts.append({w.tobytes() for y in x for w in (y[:16], y[-16:])})
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    start = gan.load("glucose", "test").train[:, 0]
     assert abs(start.mean()) < 1e-4 and abs(start.std() - 1) < 1e-4
 
 
 def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
-    """However large its weights were, the critic never magnifies the distance of two
-    paths by more than what follows from its networks being 1-Lipschitz, step by step.
+    """Its networks are, and so the critic never magnifies the distance of two paths by
+    more than what follows step by step.
     """
     gan = example("sde_gan")
-    monkeypatch.setattr(gan, "TIMES", 5)
-    critic = _critic(gan, 40)
-    largest = lambda x: jnp.ones_like(x) if eqx.is_array(x) else x
-    x_key, step_key = jr.split(jr.key(1))
-    x = jnp.cumsum(0.3 * jr.normal(x_key, (256, 5, 1), jnp.float32), axis=1)
-    change = 1e-3 * jr.normal(step_key, x.shape, jnp.float32)
+    monkeypatch.setattr(gan, "TIMES", 3)
+    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
+    names = ("initial", "drift", "field", "readout")
+    scaled = lambda model, scale: jax.tree.map(
+        lambda x: scale * x if eqx.is_array(x) else x, model
+    )
+    large = gan.clip_lipschitz(scaled(critic, 40.0))
+    # Weights as large as they may be, and biases where activations are steep.
+    steep = gan.clip_lipschitz(
+        jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_array(x) else x, critic)
+    )
+    for name in names[:3]:
+        biases = lambda model, name=name: [x.bias for x in getattr(model, name).layers]
+        first, last = biases(steep)
+        values = [jnp.full_like(first, 2.4), jnp.full_like(last, -2.2)]
+        steep = eqx.tree_at(biases, steep, values)
+
+    keys = jr.split(jr.key(1), 5)
+
+    def slope(network):
+        layers = getattr(network, "layers", [network])
+        shape = (1000, layers[0].weight.shape[1])
+        x = 0.3 * jr.normal(keys[0], shape, jnp.float32)
+        size = 10 ** jr.uniform(keys[1], (1000, 1), jnp.float32, -1, 1)
+        y = x + size * jr.uniform(keys[2], shape, jnp.float32, 0.5, 1)
+        moved = jnp.abs(jax.vmap(network)(x) - jax.vmap(network)(y)).sum(axis=1)
+        return jnp.max(moved / jnp.abs(x - y).sum(axis=1))
+
+    for name in names:
+        assert slope(getattr(large, name)) <= 1.001
+        assert 0.6 < slope(getattr(steep, name)) <= 1.001
+        first = lambda network: getattr(network, "layers", [network])[0].weight
+        wrong = eqx.tree_at(first, getattr(steep, name), replace_fn=lambda x: 2 * x)
+        assert slope(wrong) > 1.1
+
+    x = jnp.cumsum(0.1 * jr.normal(keys[3], (512, 3, 1), jnp.float32), axis=1)
+    size = 10 ** jr.uniform(keys[4], (256, 1, 1), jnp.float32, -3, 0)
+    shift = jnp.broadcast_to(size, (256, 3, 1))
+    change = size * jr.normal(keys[0], shift.shape, jnp.float32)
+    change = jnp.concatenate([shift, change])  # some move as a whole
 
     def bound(x, change):
-        start, step, step_change = change[0], jnp.diff(x), jnp.diff(change)
-        y = yhat = jnp.abs(start)
+        start, step, step_change = jnp.abs(change[0]), jnp.diff(x), jnp.diff(change)
+        y = yhat = start
         for s, d in jnp.abs(jnp.stack([step, step_change], axis=-1)):
             # Of the vector field times the step, at a distance of the states.
-            moved = lambda distance, s=s, d=d: (1 + s) * distance + gan.HIDDEN * d
-            before = moved(yhat)
+            apart = lambda distance, s=s, d=d: (1 + s) * distance + gan.HIDDEN * d
+            before = apart(yhat)
             yhat = 2 * y + yhat + before
-            y = y + 0.5 * (before + moved(yhat))
-        return jnp.abs(start) + y
+            y = y + 0.5 * (before + apart(yhat))
+        return start + y
 
     bounds = jax.vmap(bound)(x[..., 0], change[..., 0])
-    score = eqx.filter_jit(gan.criticise)
-    distance = lambda critic: jnp.abs(score(critic, x + change) - score(critic, x))
-    assert jnp.any(distance(critic) > bounds)
-    for weights in (critic, jax.tree.map(largest, critic)):
-        assert jnp.all(distance(gan.clip_lipschitz(weights)) <= bounds)
+
+    @eqx.filter_jit
+    def part_of_bound(critic):
+        distance = gan.criticise(critic, x + change) - gan.criticise(critic, x)
+        return jnp.max(jnp.abs(distance) / bounds)
+
+    assert part_of_bound(large) <= 1
+    assert 0.3 < part_of_bound(steep) <= 1
+    for name in ("initial", "readout"):  # The others end in tanh.
+        part = lambda model, name=name: getattr(model, name)
+        wrong = eqx.tree_at(part, steep, scaled(part(steep), 8.0))
+        assert part_of_bound(wrong) > 1
 
 
-def test_penalty_gradient(example, monkeypatch):
+@pytest.mark.parametrize(
+    "solver, reference",
+    [(ReversibleHeun(), diffrax.ReversibleHeun()), (Midpoint(), Midpoint())],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_penalty_gradient(example, monkeypatch, solver, reference):
     """It is that of reverse over reverse mode, of an adjoint that can do so."""
     gan = example("sde_gan")
     monkeypatch.setattr(gan, "TIMES", 4)
-    critic = _critic(gan, 2)
+    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
+    critic = jax.tree.map(lambda x: 2 * x if eqx.is_array(x) else x, critic)
     series = jr.normal(jr.key(1), (3, 4, 1), jnp.float32)
 
     def penalty(critic):
-        method = gan.Method(Heun(), DirectAdjoint())
+        method = gan.Method(reference, DirectAdjoint())
         total = lambda series: jnp.sum(gan.criticise(critic, series, method))
         norm = jnp.sqrt(jnp.sum(jax.grad(total)(series) ** 2, axis=(1, 2)))
-        return 3 * jnp.mean((norm - 1) ** 2)
+        return 10 * jnp.mean((norm - 1) ** 2)
 
     expected = eqx.filter_jit(eqx.filter_grad(penalty))(critic)
-    method = gan.Method(Heun())
-    found = eqx.filter_jit(gan.penalty_gradient)(critic, series, 3.0, method)
+    method = gan.Method(solver, StochasticAdjoint(checkpoint_every=2))
+    found = eqx.filter_jit(gan.penalty_gradient)(critic, series, 10.0, method)
     # Of a bias that has no part in it, there is none.
     found = eqx.apply_updates(jax.tree.map(jnp.zeros_like, expected), found)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -308,6 +385,9 @@ def test_series_metrics(example):
     assert len(terms) == 2 + 4 + 8 + 16 + 32
     assert np.allclose(terms[:6], [1, 2, 0.5, 1, 1, 2], atol=1e-12)
     assert np.isclose(terms[-1], 2**5 / 120)
+    # A constant goes up first, and time passes later.
+    terms = metrics.signatures(np.full((1, 9, 1), 3.0))[0]
+    assert np.allclose(terms[:6], [1, 3, 0.5, 0, 3, 4.5])
 
     # Two samples of a distribution, and another one.
     for metric in (metrics.marginal_mmd, metrics.signature_mmd):
