@@ -10,12 +10,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import keys, make_terms, relative_error, struct
+from recorded_steps import Recording, Repeating
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 
 
-def solve(adjoint, solver, shared, own, key, **kwargs):
-    """Adaptive, so that the elements of a batch make different numbers of steps."""
+def solve(adjoint, solver, record, shared, own, key):
+    """Adaptive, so that the elements of a batch make different numbers of steps; or
+    with those of a record, see `recorded_steps.py`.
+    """
     path = BrownianInterval(0.0, 1.0, struct((2,), jnp.float64), key, dt=0.1)
     args = {"weight": shared, "own": own}
     terms = make_terms(
@@ -23,8 +26,11 @@ def solve(adjoint, solver, shared, own, key, **kwargs):
         lambda t, y, args: jnp.outer(jnp.cos(y), args["own"]),
         path,
     )
-    controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
-    return diffrax.diffeqsolve(
+    if record is None:
+        controller = Recording(diffrax.PIDController(rtol=1e-2, atol=1e-2), 256)
+    else:
+        controller = Repeating(record)
+    sol = diffrax.diffeqsolve(
         terms,
         solver,
         0.0,
@@ -33,12 +39,19 @@ def solve(adjoint, solver, shared, own, key, **kwargs):
         jnp.array([0.5, -0.2]),
         args,
         saveat=diffrax.SaveAt(
-            ts=[0.3, 0.31, 0.7], t1=True, fn=lambda t, y, args: y * args["own"]
+            ts=[0.3, 0.31, 0.7],
+            t1=True,
+            fn=lambda t, y, args: y * args["own"],
+            controller_state=record is None,
         ),
         adjoint=adjoint,
         stepsize_controller=controller,
-        **kwargs,
+        max_steps=256,
     )
+    if record is None:
+        assert sol.controller_state is not None
+        *_, record = sol.controller_state
+    return sol.ys, record
 
 
 both_ways = pytest.mark.parametrize(
@@ -53,18 +66,21 @@ def test_parameters_shared_over_some_axes(solver):
     weights = jr.normal(jr.key(1), (2, 2, 2))
     own = jr.normal(jr.key(2), (3, 2))
 
-    def loss(inputs, adjoint):
+    def loss(inputs, adjoint, record):
         weights, own = inputs
-        one = lambda *x: solve(adjoint, solver, *x).ys
-        batch = jax.vmap(one, in_axes=(None, 0, 0))
+        one = lambda record, *x: solve(adjoint, solver, record, *x)
+        batch = jax.vmap(one, in_axes=(0, None, 0, 0))
         # Of all axes, `own` has the inner one, `weights` the outer one, `key` both.
-        ensemble = jax.jit(jax.vmap(batch, in_axes=(0, None, 0)))
-        ys = ensemble(weights, own, keys(6).reshape(2, 3))
-        return jnp.sum(ys * jnp.cos(1 + jnp.arange(ys.size)).reshape(ys.shape))
+        ensemble = jax.jit(jax.vmap(batch, in_axes=(0, 0, None, 0)))
+        ys, record = ensemble(record, weights, own, keys(6).reshape(2, 3))
+        scale = jnp.cos(1 + jnp.arange(ys.size)).reshape(ys.shape)
+        return jnp.sum(ys * scale), record
 
-    gradient = eqx.filter_jit(eqx.filter_grad(loss))
-    ours = gradient((weights, own), StochasticAdjoint())
-    theirs = gradient((weights, own), diffrax.DirectAdjoint())
+    gradient = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))
+    ours, record = gradient((weights, own), StochasticAdjoint(), None)
+    num_steps = jnp.sum(record.decisions[0], axis=-1)
+    assert len(set(num_steps.ravel().tolist())) > 3
+    theirs, _ = gradient((weights, own), diffrax.DirectAdjoint(), record)
     assert relative_error(ours, theirs) < 1e-9
 
 
