@@ -337,6 +337,13 @@ class State(NamedTuple):
     average: NeuralDE  # of the generator, over the second half of the steps
 
 
+def initial_state(models: Pair, optimisers: Pair) -> State:
+    inits = (optimiser.init for optimiser in optimisers)
+    arrays = (eqx.filter(model, eqx.is_array) for model in models)
+    opt_states = Pair(*(init(x) for init, x in zip(inits, arrays, strict=True)))
+    return State(models, opt_states, models.generator)
+
+
 def averaged(average: NeuralDE, model: NeuralDE, num: Int[Array, ""]) -> NeuralDE:
     """The average of `num` models, of which `average` is, and of another one. Of none,
     it is the other one.
@@ -428,10 +435,7 @@ def main(
         models = Pair(make_generator(dim, keys[0]), make_critic(dim, keys[1]))
         if penalty is None:
             models = models._replace(critic=clip_lipschitz(models.critic))
-        inits = (optimiser.init for optimiser in optimisers)
-        arrays = (eqx.filter(model, eqx.is_array) for model in models)
-        opt_states = Pair(*(init(x) for init, x in zip(inits, arrays, strict=True)))
-        return State(models, opt_states, models.generator)
+        return initial_state(models, optimisers)
 
     @eqx.filter_jit
     def step(state, series, i):

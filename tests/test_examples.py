@@ -230,7 +230,6 @@ def test_sde_gan_with_a_penalty(example, tmp_path):
         out=tmp_path,
     )
     scores = gan.main(**settings)
-    # The penalty is nearly all that counts, and is taken away from the critic's score.
     assert np.isfinite(scores["loss: last 10 steps"])
     resumed = gan.main(**settings, resume=tmp_path / "train_20.eqx")
     assert resumed == scores

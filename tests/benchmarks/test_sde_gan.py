@@ -154,13 +154,7 @@ def test_training_step(gan, record_row):
     models = _models(gan)
     series = jnp.asarray(gan.ornstein_uhlenbeck(128, 0), jnp.float32)
     optimisers = gan.Pair(gan.make_optimiser(1e-4), gan.make_optimiser(1e-3))
-    opt_states = gan.Pair(
-        *(
-            optimiser.init(eqx.filter(model, eqx.is_array))
-            for optimiser, model in zip(optimisers, models, strict=True)
-        )
-    )
-    state = gan.State(models, opt_states, models.generator)
+    state = gan.initial_state(models, optimisers)
     methods = {
         "Midpoint, penalty": (gan.Method(diffrax.Midpoint()), 10.0),
         "ReversibleHeun, penalty": (gan.Method(ReversibleHeun()), 10.0),
