@@ -315,9 +315,13 @@ def penalty_gradient(critic: NeuralDE, series, weight: float, method: Method):
     return eqx.filter_jvp(gradient, (series,), (direction,))[1]
 
 
-def make_optimiser(learning_rate: float) -> optax.GradientTransformation:
-    """Larger steps for the networks of the start, which are else learned too slowly."""
-    adam = lambda rate: optax.adam(rate, b1=0.0, b2=0.9)
+def make_optimiser(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Rates that fall to zero, and are larger for the networks of the start, which are
+    else learned too slowly.
+    """
+
+    def adam(rate):
+        return optax.adam(optax.cosine_decay_schedule(rate, steps), b1=0.0, b2=0.9)
 
     def labels(model):
         rest = jax.tree.map(lambda _: "rest", model)
@@ -393,9 +397,9 @@ def main(
     data: Literal["glucose", "ou"] = "glucose",
     solver: Literal["reversible-heun", "midpoint"] = "reversible-heun",
     penalty: float | None = None,
-    steps: int = 8000,
+    steps: int = 6000,
     batch: int = 128,
-    learning_rates: tuple[float, float] = (2e-4, 2e-3),
+    learning_rates: tuple[float, float] = (1e-4, 3e-4),
     held_out: Literal["validation", "test"] = "test",
     metric_steps: int = 500,
     samples: int = 2048,
@@ -412,7 +416,7 @@ def main(
             is 10), instead of clipping its weights.
         steps: of the optimiser; the generator is the average over their second half.
         batch: series of the data, and as many generated ones, in each step.
-        learning_rates: of the generator and of the critic.
+        learning_rates: of the generator and of the critic, at first.
         held_out: what to compare with. Choose settings by `validation`.
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
@@ -427,7 +431,7 @@ def main(
     dataset = load(data, held_out)
     series = jnp.asarray(dataset.train)
     method = Method(ReversibleHeun() if solver == "reversible-heun" else Midpoint())
-    optimisers = Pair(*map(make_optimiser, learning_rates))
+    optimisers = Pair(*(make_optimiser(rate, steps) for rate in learning_rates))
 
     @eqx.filter_jit
     def start():

@@ -207,11 +207,17 @@ def test_dlgm_diffusion_limit(example, tmp_path, measured):
 
 def test_sde_gan(example, tmp_path):
     scores = example("sde_gan").main(
-        data="ou", steps=60, batch=64, metric_steps=5, samples=100, out=tmp_path
+        data="ou",
+        steps=60,
+        batch=64,
+        learning_rates=(2e-3, 2e-3),
+        metric_steps=5,
+        samples=100,
+        out=tmp_path,
     )
     assert all(map(np.isfinite, scores.values()))
     mmd = lambda kind: scores[f"MMD^2 of marginals: {kind}"]
-    assert mmd("generator") < 0.5 * mmd("untrained")
+    assert mmd("generator") < 0.3 * mmd("untrained")
     assert (tmp_path / "ou.png").stat().st_size > 10_000
 
 

@@ -153,7 +153,7 @@ def test_generator_step(gan, batch, promised, record_row):
 def test_training_step(gan, record_row):
     models = _models(gan)
     series = jnp.asarray(gan.ornstein_uhlenbeck(128, 0), jnp.float32)
-    optimisers = gan.Pair(gan.make_optimiser(1e-4), gan.make_optimiser(1e-3))
+    optimisers = gan.Pair(*(gan.make_optimiser(1e-4, 1000) for _ in models))
     state = gan.initial_state(models, optimisers)
     methods = {
         "Midpoint, penalty": (gan.Method(diffrax.Midpoint()), 10.0),
