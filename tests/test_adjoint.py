@@ -242,6 +242,45 @@ def test_ode_and_cde():
     assert_equal_gradients(loss, xs, jnp.array([0.3, 0.4]), jnp.array(0.8))
 
 
+def test_batch_of_cdes():
+    """What drives them is differentiated, be it shared or each element's own; they
+    have different numbers of steps and of pages of them, and one has none.
+    """
+    ts = jnp.linspace(0, 1, 6)
+    others = jr.normal(jr.key(0), (4, 6))
+
+    def loss(adjoint, shared, others, y0, args):
+        def solve(own, t1):
+            xs = jnp.stack([shared, own], axis=-1)
+            cde = diffrax.ControlTerm(
+                lambda t, y, args: jnp.stack([jnp.sin(y + t), args * y], axis=-1),
+                diffrax.LinearInterpolation(ts, xs),
+            )
+            return diffrax.diffeqsolve(
+                cde,
+                ReversibleHeun(),
+                0.0,
+                t1,
+                0.04,
+                y0,
+                args,
+                saveat=diffrax.SaveAt(t0=True, t1=True),
+                adjoint=adjoint,
+                max_steps=32,
+            ).ys
+
+        return weigh(jax.vmap(solve)(others, jnp.array([0.3, 1.0, 0.0, 0.5])))
+
+    inputs = (others[0] - 1, others, jnp.array([0.3, 0.4]), jnp.array(0.8))
+    gradient = lambda adjoint: eqx.filter_jit(
+        eqx.filter_grad(lambda inputs: loss(adjoint, *inputs))
+    )(inputs)
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    for checkpoint_every in (None, 4):
+        adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
+        assert relative_error(gradient(adjoint), expected) < 1e-10
+
+
 def test_closures():
     """Vector fields that refer to arrays that are differentiated, mapped or traced."""
 

@@ -19,15 +19,20 @@ derivative, and gives `y`.
 
 Then cotangents are pulled back to a point, and through the vector field at it, before
 the solution at the next point on the left is known. So they must not depend on it,
-which is what `can_stagger` checks.
+which is what `can_stagger` checks. That of the control over a step does, by `vf0 dX`:
+if it is wanted, as for a series that drives a controlled differential equation, then
+it is complete when the sweep comes to the left of the step.
 """
 
+from typing import Any
+
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._batching import vjp, where_active
-from .._compat import VF, Y, save_y
+from .._compat import VF, BoolScalarLike, RealScalarLike, Y, save_y
 from .._dependence import depends_on
 from .._solver import ReversibleHeun, sums_leaf_by_leaf
 from .._tape import Page, SolveState
@@ -50,33 +55,71 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
         is_linear_in_y
         and len(jtu.tree_leaves(diff_ts)) == 0
         and sums_leaf_by_leaf(vf)
-        and not _has_differentiable_control(sweep, vf)
+        and not _has_differentiable_product(sweep, vf)
     )
 
 
-def _has_differentiable_control(sweep: Sweep, vf: VF) -> bool:
-    """Whether a control, or its product with a vector field, is a function of something
-    that is differentiated.
+def _has_differentiable_product(sweep: Sweep, vf: VF) -> bool:
+    """Whether the product of a vector field with a control is a function of something
+    else that is differentiated.
     """
+    control = sweep.terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
 
     def product(diff_terms):
-        terms = eqx.combine(diff_terms, sweep.nondiff_terms)
-        control = terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
-        return control, terms.prod(vf, control)
+        return eqx.combine(diff_terms, sweep.nondiff_terms).prod(vf, control)
 
     return depends_on(product, sweep.diff_terms)
+
+
+def _has_differentiable_control(sweep: Sweep) -> bool:
+    def control(diff_terms):
+        terms = eqx.combine(diff_terms, sweep.nondiff_terms)
+        return terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
+
+    return depends_on(control, sweep.diff_terms)
+
+
+class _Right(eqx.Module):
+    """Of the step to the right of a point: from when to when it was, and its control.
+    Of the cotangent of the control, if it is wanted, there is what `vf1` gives; and
+    the cotangent of `vf0 dX`, which gives the rest.
+    """
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    control: PyTree[Any]
+    grad_control: PyTree[Array | None] = None
+    grad_product: Y | None = None
+
+    def grad_terms(
+        self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike
+    ) -> PyTree[Array | None]:
+        """The cotangent of the terms, through the control."""
+        prod = lambda control: sweep.terms.prod(vf0, control)
+        (more,) = eqx.filter_vjp(prod, self.control)[1](self.grad_product)
+        grad_control = add_where_given(self.grad_control, more)
+        _, pull_back = vjp(
+            _evaluate_control,
+            sweep.axes,
+            sweep.diff_terms,
+            None,
+            (sweep.nondiff_terms, self.t0, self.t1),
+        )
+        zeros = zeros_like(grad_control)
+        return pull_back(where_active(is_made, grad_control, zeros, sweep.axes))[0]
 
 
 def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
     terms = sweep.terms
+    control_is_wanted = _has_differentiable_control(sweep)
 
-    # The solution is `u`, and the solver state `yhat` and the control on the right.
+    # The solution is `u`, and the solver state `yhat` and what is on the right.
     def undo_step(
         k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
     ) -> SweepState:
         step = page.step(k, is_made)
-        yhat1, right_control = carry.state.solver_state
+        yhat1, right = carry.state.solver_state
         grad_yhat1, grad_vf1 = carry.grads.solver_state
 
         vf1, pull_back_vf = vjp(
@@ -86,7 +129,7 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             yhat1,
             (sweep.nondiff_terms, sweep.saved.inputs.args, step),
         )
-        y1 = _add(carry.state.y, -0.5, terms.prod(vf1, right_control))
+        y1 = _add(carry.state.y, -0.5, terms.prod(vf1, right.control))
         carry = eqx.tree_at(lambda c: c.state.y, carry, y1)
 
         # What is saved is linear in `y0` and `y1`, so their values do not matter.
@@ -101,16 +144,23 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         )
 
         control = terms.contr(step.t0, step.t1)
-        _, pull_back_prod = eqx.filter_vjp(lambda vf: terms.prod(vf, control), vf1)
+        _, pull_back_prod = eqx.filter_vjp(terms.prod, vf1, control)
         half_grad_y1 = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
-        (more,) = pull_back_prod(half_grad_y1)
+        more, grad_control = pull_back_prod(half_grad_y1)
         (grad_terms, grad_args), more = pull_back_vf(add_where_given(grad_vf1, more))
         grad_yhat1 = _add(grad_yhat1, 1.0, more)
-        (grad_vf0,) = pull_back_prod(_add(half_grad_y1, 1.0, grad_yhat1))
+        grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
+        grad_vf0, _ = pull_back_prod(grad_product)
+        grad_terms = add_where_given(carry.grads.terms, grad_terms)
+        new_right = _Right(step.t0, step.t1, control)
+        if control_is_wanted:
+            more = right.grad_terms(sweep, vf1, step.is_made)
+            grad_terms = add_where_given(grad_terms, more)
+            new_right = _Right(step.t0, step.t1, control, grad_control, grad_product)
         grads = Cotangents(
             _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1),
             (jtu.tree_map(lambda x: -x, grad_yhat1), grad_vf0),
-            add_where_given(carry.grads.terms, grad_terms),
+            grad_terms,
             add_grad_args(grad_inputs, grad_args),
         )
 
@@ -118,7 +168,7 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         u0 = _add(y1, -0.5, increment)
         yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
         return SweepState(
-            SolveState(u0, (yhat0, control)),
+            SolveState(u0, (yhat0, new_right)),
             step.t0,
             positions,
             grads,
@@ -126,18 +176,32 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             carry.result,
         )
 
+    # A batch may have elements without steps on this page.
+    last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
+    no_control = zeros_like(eqx.filter_eval_shape(terms.contr, last.t0, last.t1))
+    right = _Right(last.t0, last.t1, no_control)
+    if control_is_wanted:
+        zeros = eqx.filter(no_control, eqx.is_inexact_array), zeros_like(carry.state.y)
+        right = _Right(last.t0, last.t1, no_control, *zeros)
     yhat, _ = carry.state.solver_state
-    no_control = zeros_like(
-        eqx.filter_eval_shape(terms.contr, carry.next_t0, carry.next_t0)
-    )
     get_solver_state = lambda c: c.state.solver_state
-    carry = eqx.tree_at(get_solver_state, carry, (yhat, no_control))
+    carry = eqx.tree_at(get_solver_state, carry, (yhat, right))
     carry = sweep.backwards(page.num_steps, undo_step, carry)
-    yhat, right_control = carry.state.solver_state
+    yhat, right = carry.state.solver_state
     vf = terms.vf(carry.next_t0, yhat, sweep.args)
-    y = _add(carry.state.y, -0.5, terms.prod(vf, right_control))
+    if control_is_wanted:
+        more = right.grad_terms(sweep, vf, True)
+        grad_terms = add_where_given(carry.grads.terms, more)
+        carry = eqx.tree_at(lambda c: c.grads.terms, carry, grad_terms)
+    y = _add(carry.state.y, -0.5, terms.prod(vf, right.control))
     carry = eqx.tree_at(lambda c: c.state, carry, SolveState(y, (yhat, vf)))
     return carry if page.snapshot is None else arrive(carry, page.snapshot)
+
+
+def _evaluate_control(diff_terms, own, others):
+    del own
+    nondiff_terms, t0, t1 = others
+    return eqx.combine(diff_terms, nondiff_terms).contr(t0, t1)
 
 
 def _evaluate_vf(shared, yhat, others):
