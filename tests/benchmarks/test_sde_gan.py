@@ -109,7 +109,7 @@ def _compiled(function, *args):
 
 
 # The notebook's batch is the larger one.
-@pytest.mark.parametrize("batch, promised", [(128, 3), (1024, 5)])
+@pytest.mark.parametrize("batch, promised", [(128, 4), (1024, 5)])
 def test_generator_step(gan, batch, promised, record_row):
     generator, critic = _models(gan)
     notebook = _Notebook(gan)
