@@ -227,7 +227,9 @@ class FieldTerm(AbstractTerm):
 
 
 class SeriesPath(AbstractPath):
-    """The line through the points of series, for steps from each point to the next."""
+    """Series, for steps from each of their points to the next. For other steps, there
+    is `diffrax.LinearInterpolation`, whose derivative costs more.
+    """
 
     increments: Float[Array, "steps batch dim"]
     t0: Float[Array, ""]
@@ -239,10 +241,9 @@ class SeriesPath(AbstractPath):
         self.t0, self.t1 = ts[0], ts[-1]
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        """From `t0` to `t0 + 1`. For any times, there is `diffrax.LinearInterpolation`,
-        whose derivative costs more.
-        """
-        del t1, left, use_levy
+        if t1 is None:
+            raise NotImplementedError("There are only increments of series.")
+        del left, use_levy
         return self.increments[jnp.round(t0).astype(int)]
 
 

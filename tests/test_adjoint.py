@@ -27,6 +27,7 @@ from diffrax_sde_adjoint import (
     ReversibleHeun,
     StochasticAdjoint,
 )
+from diffrax_sde_adjoint._sweep import staggered
 
 
 def weigh(ys) -> Array:
@@ -242,10 +243,64 @@ def test_ode_and_cde():
     assert_equal_gradients(loss, xs, jnp.array([0.3, 0.4]), jnp.array(0.8))
 
 
-def test_batch_of_cdes():
+class ScaledTerm(diffrax.ControlTerm):
+    """Its product with a control has a parameter."""
+
+    scale: Array
+
+    def __init__(self, vector_field, control, scale):
+        super().__init__(vector_field, control)
+        self.scale = scale
+
+    def prod(self, vf, control):
+        return self.scale * super().prod(vf, control)
+
+
+def test_products_with_a_control():
+    """They have parameters of their own, or another dtype than the solution."""
+    ts = jnp.linspace(0, 1, 6)
+
+    def loss(adjoint, xs, scale):
+        line = diffrax.LinearInterpolation(ts, xs)
+
+        def vf(t, y, args):
+            return jnp.cos(y)
+
+        def solve(term):
+            return diffrax.diffeqsolve(
+                term,
+                ReversibleHeun(),
+                0.0,
+                1.0,
+                0.1,
+                jnp.array(0.5),
+                adjoint=adjoint,
+            ).ys
+
+        single_precision = diffrax.ControlTerm(
+            lambda t, y, args: vf(t, y, args).astype(jnp.float32),
+            jtu.Partial(
+                lambda line, t0, t1: line.evaluate(t0, t1).astype(jnp.float32), line
+            ),
+        )
+        return weigh([solve(ScaledTerm(vf, line, scale)), solve(single_precision)])
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert_equal_gradients(loss, jnp.sin(3 * ts), jnp.array(1.2), tol=1e-5)
+
+
+def test_batch_of_cdes(monkeypatch):
     """What drives them is differentiated, be it shared or each element's own; they
-    have different numbers of steps and of pages of them, and one has none.
+    have different numbers of steps and of pages of them, and one has none. The vector
+    field is evaluated once a step.
     """
+    ways = []
+
+    def spy(*args):
+        ways.append(staggered)
+        return staggered(*args)
+
+    monkeypatch.setattr("diffrax_sde_adjoint._backward.staggered", spy)
     ts = jnp.linspace(0, 1, 6)
     others = jr.normal(jr.key(0), (4, 6))
 
@@ -279,6 +334,8 @@ def test_batch_of_cdes():
     for checkpoint_every in (None, 4):
         adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
         assert relative_error(gradient(adjoint), expected) < 1e-10
+        assert ways
+        ways.clear()
 
 
 def test_closures():

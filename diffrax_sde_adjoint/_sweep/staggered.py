@@ -41,7 +41,9 @@ from .sweep import Cotangents, Sweep, SweepState, add_grad_args, arrive
 
 
 def can_stagger(sweep: Sweep, end: SweepState) -> bool:
-    """Whether cotangents at a point do not depend on the solution at the next one."""
+    """Whether cotangents at a point do not depend on the solution at the next one, and
+    are also cotangents of the product with a control.
+    """
     if type(sweep.solver) is not ReversibleHeun or sweep.tape.starts is not None:
         return False
     diff_ts = sweep.diff_inputs.ts
@@ -51,45 +53,38 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
         for fn, ts in zip(sweep.saved.inputs.fns, all_ts, strict=True)
     )
     _, vf = end.state.solver_state
+
+    def product(diff_terms):
+        """Of a vector field and a control that are not functions of `diff_terms`."""
+        control = sweep.terms.contr(*sweep.tape.ends[0, :2])
+        return eqx.combine(diff_terms, sweep.nondiff_terms).prod(vf, control)
+
     return (
         is_linear_in_y
         and len(jtu.tree_leaves(diff_ts)) == 0
         and sums_leaf_by_leaf(vf)
-        and not _has_differentiable_product(sweep, vf)
+        and _are_alike(eqx.filter_eval_shape(product, sweep.diff_terms), end.state.y)
+        and not depends_on(product, sweep.diff_terms)
     )
 
 
-def _has_differentiable_product(sweep: Sweep, vf: VF) -> bool:
-    """Whether the product of a vector field with a control is a function of something
-    else that is differentiated.
-    """
-    control = sweep.terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
-
-    def product(diff_terms):
-        return eqx.combine(diff_terms, sweep.nondiff_terms).prod(vf, control)
-
-    return depends_on(product, sweep.diff_terms)
-
-
-def _has_differentiable_control(sweep: Sweep) -> bool:
-    def control(diff_terms):
-        terms = eqx.combine(diff_terms, sweep.nondiff_terms)
-        return terms.contr(sweep.tape.ends[0, 0], sweep.tape.ends[0, 1])
-
-    return depends_on(control, sweep.diff_terms)
+def _are_alike(x: PyTree[Any], y: PyTree[Any]) -> bool:
+    """Whether they have the same structure, shapes and dtypes."""
+    describe = lambda tree: jtu.tree_map(lambda z: f"{z.dtype}{z.shape}", tree)
+    return eqx.tree_equal(describe(x), describe(y)) is True
 
 
 class _Right(eqx.Module):
-    """Of the step to the right of a point: from when to when it was, and its control.
-    Of the cotangent of the control, if it is wanted, there is what `vf1` gives; and
-    the cotangent of `vf0 dX`, which gives the rest.
+    """The step to the right of a point: its times and its control. If the cotangent of
+    the control is wanted: what `vf1` has given of it, and the cotangent of `vf0 dX`,
+    which gives the rest once `vf0` is known.
     """
 
     t0: RealScalarLike
     t1: RealScalarLike
     control: PyTree[Any]
-    grad_control: PyTree[Array | None] = None
-    grad_product: Y | None = None
+    grad_control: PyTree[Array | None]
+    grad_product: Y | None
 
     def grad_terms(
         self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike
@@ -112,7 +107,12 @@ class _Right(eqx.Module):
 def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
     terms = sweep.terms
-    control_is_wanted = _has_differentiable_control(sweep)
+    control_is_wanted = depends_on(
+        lambda diff_terms: _evaluate_control(
+            diff_terms, None, (sweep.nondiff_terms, page.ends[0], page.ends[1])
+        ),
+        sweep.diff_terms,
+    )
 
     # The solution is `u`, and the solver state `yhat` and what is on the right.
     def undo_step(
@@ -152,11 +152,11 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
         grad_vf0, _ = pull_back_prod(grad_product)
         grad_terms = add_where_given(carry.grads.terms, grad_terms)
-        new_right = _Right(step.t0, step.t1, control)
+        wanted = (None, None)
         if control_is_wanted:
             more = right.grad_terms(sweep, vf1, step.is_made)
             grad_terms = add_where_given(grad_terms, more)
-            new_right = _Right(step.t0, step.t1, control, grad_control, grad_product)
+            wanted = (grad_control, grad_product)
         grads = Cotangents(
             _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1),
             (jtu.tree_map(lambda x: -x, grad_yhat1), grad_vf0),
@@ -168,7 +168,7 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         u0 = _add(y1, -0.5, increment)
         yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
         return SweepState(
-            SolveState(u0, (yhat0, new_right)),
+            SolveState(u0, (yhat0, _Right(step.t0, step.t1, control, *wanted))),
             step.t0,
             positions,
             grads,
@@ -176,13 +176,16 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             carry.result,
         )
 
-    # A batch may have elements without steps on this page.
+    # There is nothing on the right of the last step: a control and cotangents of zero,
+    # and times at which a control can be evaluated. (In a batch, there are elements
+    # without any steps on this page.)
     last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     no_control = zeros_like(eqx.filter_eval_shape(terms.contr, last.t0, last.t1))
-    right = _Right(last.t0, last.t1, no_control)
+    wanted = (None, None)
     if control_is_wanted:
-        zeros = eqx.filter(no_control, eqx.is_inexact_array), zeros_like(carry.state.y)
-        right = _Right(last.t0, last.t1, no_control, *zeros)
+        grad_control = eqx.filter(no_control, eqx.is_inexact_array)
+        wanted = (grad_control, zeros_like(carry.state.y))
+    right = _Right(last.t0, last.t1, no_control, *wanted)
     yhat, _ = carry.state.solver_state
     get_solver_state = lambda c: c.state.solver_state
     carry = eqx.tree_at(get_solver_state, carry, (yhat, right))
