@@ -303,9 +303,10 @@ def test_batch_of_cdes(monkeypatch):
     monkeypatch.setattr("diffrax_sde_adjoint._backward.staggered", spy)
     ts = jnp.linspace(0, 1, 6)
     others = jr.normal(jr.key(0), (4, 6))
+    t1s = jnp.array([0.3, 1.0, 0.0, 0.5])
 
     def loss(adjoint, shared, others, y0, args):
-        def solve(own, t1):
+        def solve(own, y0, t1):
             xs = jnp.stack([shared, own], axis=-1)
             cde = diffrax.ControlTerm(
                 lambda t, y, args: jnp.stack([jnp.sin(y + t), args * y], axis=-1),
@@ -324,9 +325,9 @@ def test_batch_of_cdes(monkeypatch):
                 max_steps=32,
             ).ys
 
-        return weigh(jax.vmap(solve)(others, jnp.array([0.3, 1.0, 0.0, 0.5])))
+        return weigh(jax.vmap(solve)(others, y0, t1s))
 
-    inputs = (others[0] - 1, others, jnp.array([0.3, 0.4]), jnp.array(0.8))
+    inputs = (others[0] - 1, others, jr.normal(jr.key(1), (4, 2)), jnp.array(0.8))
     gradient = lambda adjoint: eqx.filter_jit(
         eqx.filter_grad(lambda inputs: loss(adjoint, *inputs))
     )(inputs)
