@@ -16,7 +16,7 @@ from ._compat import (
 )
 from ._controls import is_single_term
 from ._lift import Role
-from ._noise import check_independent, is_noise
+from ._noise import check_independent, has_own_control, is_noise, unwrap
 from ._solver import Reversible, ReversibleHeun, is_kind
 from ._stages import without_loops
 
@@ -206,9 +206,11 @@ def _check_drift(roles: tuple[Role, ...]) -> None:
 
 
 def _role(term: diffrax.AbstractTerm) -> Role:
-    inner = term.term if isinstance(term, WrapTerm) else term
-    if isinstance(inner, diffrax.ODETerm | diffrax.UnderdampedLangevinDriftTerm):
+    inner = unwrap(term)
+    if isinstance(inner, diffrax.UnderdampedLangevinDriftTerm):
         return "drift"
+    if isinstance(inner, diffrax.ODETerm):
+        return "control" if has_own_control(inner) else "drift"
     return "noise" if is_noise(term) else "control"
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import diffrax
 import equinox as eqx
@@ -14,9 +14,18 @@ from jaxtyping import Array, PyTree
 from ._compat import RealScalarLike, WrapTerm, is_sde
 
 
+Sense: TypeAlias = Literal["ito", "stratonovich"]
+
+
+class AbstractConvertedDrift(eqx.Module):
+    """A drift whose SDE is meant in one sense, and has come from the other one."""
+
+    sense: eqx.AbstractVar[Sense]
+
+
 def is_noise(term: diffrax.AbstractTerm) -> bool:
     """Whether a Brownian path drives the term. An error if it is not known how."""
-    inner = term.term if isinstance(term, WrapTerm) else term
+    inner = unwrap(term)
     if isinstance(inner, diffrax.ODETerm | diffrax.UnderdampedLangevinDriftTerm):
         return False
     if isinstance(inner, diffrax.UnderdampedLangevinDiffusionTerm):
@@ -24,14 +33,33 @@ def is_noise(term: diffrax.AbstractTerm) -> bool:
     if isinstance(inner, diffrax.ControlTerm) and isinstance(
         inner.control, diffrax.AbstractBrownianPath
     ):
+        if has_own_control(inner):
+            raise ValueError(
+                f"`{type(inner).__name__}` has a method `contr` of its own, so that it "
+                "is not known what noise drives it. Let its control be the increment "
+                "of the path, as that of `diffrax.ControlTerm` is, and scale it in "
+                "`prod`."
+            )
         return True
     if is_sde(inner):
         raise ValueError(
-            "There is a Brownian path inside of a term, but not as its control, so "
-            "that it is not known what noise this is. Make the path the control, as in "
-            "`diffrax.ControlTerm(vector_field, path)`."
+            f"There is a Brownian path inside of a `{type(inner).__name__}`, but not "
+            "as its control, so that it is not known what noise this is. Make the path "
+            "the control, as in `diffrax.ControlTerm(vector_field, path)`; to change "
+            "how the two are multiplied, make a subclass of `diffrax.ControlTerm` with "
+            "a method `prod` of its own."
         )
     return False
+
+
+def unwrap(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
+    """The term that `diffeqsolve` was given."""
+    return term.term if isinstance(term, WrapTerm) else term
+
+
+def has_own_control(term: diffrax.ODETerm | diffrax.ControlTerm) -> bool:
+    """Whether the term is of a subclass whose control is not time or what it holds."""
+    return type(term).contr not in (diffrax.ODETerm.contr, diffrax.ControlTerm.contr)
 
 
 def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
@@ -50,7 +78,7 @@ def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
 
 
 def _control(noise: diffrax.AbstractTerm) -> Any:
-    inner: Any = noise.term if isinstance(noise, WrapTerm) else noise
+    inner: Any = unwrap(noise)
     return inner.control
 
 
@@ -70,12 +98,12 @@ class _Shape(diffrax.AbstractPath):
         return jtu.tree_unflatten(self.treedef, zeros)
 
 
-def without_path(term: diffrax.AbstractTerm) -> diffrax.ControlTerm:
-    """The vector field, and no more of the path than what its increments look like."""
-    assert isinstance(term, diffrax.ControlTerm)
+def without_path(term: diffrax.ControlTerm) -> diffrax.ControlTerm:
+    """The same term, with no more of the path than what its increments look like."""
     path = term.control
     t0 = jnp.asarray(path.t0)
     struct = eqx.filter_eval_shape(path.evaluate, t0, t0)
     leaves, treedef = jtu.tree_flatten(struct)
     shape = _Shape(path.t0, path.t0, tuple(leaves), treedef)
-    return diffrax.ControlTerm(term.vector_field, shape)
+    # Not a new `ControlTerm`: a subclass may have a `vf` or a `prod` of its own.
+    return eqx.tree_at(lambda x: x.control, term, shape)

@@ -18,7 +18,7 @@ Stratonovich makes no difference to $u$, as it does not to the difference of dri
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import diffrax
 import equinox as eqx
@@ -32,16 +32,16 @@ from jaxtyping import Array, Float, PyTree
 from ._compat import VF, Args, RealScalarLike, Y
 from ._controls import is_single_term
 from ._ito import correction
-from ._noise import check_independent, is_noise, without_path
-from ._shift import Divergence, Drift, Shift, add, control_product, sum_like
-
-
-_Sense: TypeAlias = Literal["ito", "stratonovich"]
+from ._noise import Sense, check_independent, has_own_control, is_noise, without_path
+from ._shift import Divergence, Drift, Rate, Shift, add, sum_like
 
 
 class _Augmented(lx.AbstractLinearOperator):
-    """A vector field `vf` of the solution, and a linear form for the divergence."""
+    """A vector field `vf` of the solution, as `term` multiplies it with a control, and
+    a linear form for the divergence.
+    """
 
+    term: diffrax.ControlTerm
     vf: VF
     form: PyTree[Array] | None
     divergence: Divergence
@@ -53,7 +53,7 @@ class _Augmented(lx.AbstractLinearOperator):
         if self.form is not None:
             products = jtu.tree_map(lambda u, x: u * x, self.form, vector)
             out = sum_like(products, self.divergence)
-        return control_product(self.vf, vector), out
+        return self.term.prod(self.vf, vector), out
 
     def as_matrix(self) -> Float[Array, "out in"]:
         zero, unravel = jfu.ravel_pytree(
@@ -135,14 +135,14 @@ class _AugmentedDiffusion(eqx.Module):
             form = u[self.index]
         struct = eqx.filter_eval_shape(self.noise.contr, t, t)
         leaves, treedef = jtu.tree_flatten(struct)
-        return _Augmented(vf, form, divergence, tuple(leaves), treedef)
+        return _Augmented(self.noise, vf, form, divergence, tuple(leaves), treedef)
 
 
 def path_kl(
     terms: PyTree[diffrax.AbstractTerm],
     prior: Callable[[RealScalarLike, Y, Args], Y],
     *,
-    log_ratio: _Sense | None = None,
+    log_ratio: Sense | None = None,
     throw: bool = True,
 ) -> diffrax.MultiTerm:
     r"""Terms that also carry how far their law is from that of a prior: the
@@ -204,10 +204,11 @@ def path_kl(
 
     **Raises:**
 
-    `ValueError` if `terms` holds other kinds of terms, no Brownian path, or two of the
-    same; if `log_ratio` is something else; and, when the drift is evaluated, if the
-    divergence does not have one of the shapes above. A runtime error if the divergence
-    would be infinite.
+    `ValueError` if `terms` holds other kinds of terms, or subclasses of these with a
+    method `contr` of their own; if there is no Brownian path, or two of the same; if
+    `log_ratio` is something else; and, when the drift is evaluated, if the divergence
+    does not have one of the shapes above. A runtime error if the divergence would be
+    infinite.
 
     **Cost:**
 
@@ -244,7 +245,7 @@ def path_kl_of_shift(
     terms: PyTree[diffrax.AbstractTerm],
     shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]],
     *,
-    log_ratio: _Sense | None = None,
+    log_ratio: Sense | None = None,
 ) -> diffrax.MultiTerm:
     r"""Terms of the posterior that a prior becomes as its noise is given a drift, with
     the divergence between them.
@@ -287,7 +288,7 @@ def _augment(
     log_ratio: str | None,
     name: str,
 ) -> diffrax.MultiTerm:
-    if log_ratio not in (None, *get_args(_Sense)):
+    if log_ratio not in (None, *get_args(Sense)):
         raise ValueError(
             f"`{name}(..., log_ratio=...)` is the sense in which the terms are solved, "
             f'`"ito"` or `"stratonovich"`, or `None`, but is `{log_ratio!r}`.'
@@ -299,6 +300,12 @@ def _augment(
                 f"`{name}(terms, ...)` must consist of `diffrax.ODETerm` and "
                 f"`diffrax.ControlTerm`, but there is a `{type(leaf).__name__}`."
             )
+        if has_own_control(leaf):
+            raise ValueError(
+                f"`{name}(terms, ...)` does not support `{type(leaf).__name__}`, which "
+                "has a method `contr` of its own. Let its control be that of the class "
+                "that it is derived from, and scale it in `prod`."
+            )
     noises = [x for x in leaves if is_noise(x)]
     if len(noises) == 0:
         raise ValueError(
@@ -306,7 +313,7 @@ def _augment(
             "otherwise no two laws have a finite divergence, but equal ones."
         )
     check_independent(noises)
-    drifts = [x.vector_field for x in leaves if isinstance(x, diffrax.ODETerm)]
+    drifts = [Rate(x) for x in leaves if isinstance(x, diffrax.ODETerm)]
     shift = make_shift(drifts, [without_path(x) for x in noises])
 
     def diffusion(term: diffrax.ControlTerm) -> _AugmentedDiffusion:
@@ -330,9 +337,7 @@ def _augment(
             new = diffrax.ControlTerm(diffusion(leaf), leaf.control)
         else:
             new = diffrax.ODETerm(
-                _AugmentedDrift(
-                    leaf.vector_field, shift if is_first else None, corrected
-                )
+                _AugmentedDrift(Rate(leaf), shift if is_first else None, corrected)
             )
             is_first = False
         augmented.append(new)

@@ -24,8 +24,14 @@ _singular = (
     "posterior as what the noise can do, with `path_kl_of_shift`."
 )
 
-# The product of a `ControlTerm`, which is the same for all.
-control_product = diffrax.ControlTerm(lambda t, y, args: None, lambda t0, t1: None).prod
+
+class Rate(eqx.Module):
+    """The rate of change that is due to a term of time."""
+
+    term: diffrax.ODETerm
+
+    def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
+        return self.term.vf_prod(t, y, args, 1.0)
 
 
 def sum_like(tree: PyTree[Array], divergence: Divergence) -> Divergence:
@@ -64,7 +70,7 @@ class Shift(eqx.Module):
     ) -> tuple[list[PyTree[Array]], Divergence | None]:
         """Also, if this is known, where the divergence would be infinite."""
         if self.shift is not None:
-            u = self.shift(t, y, args)
+            u = jtu.tree_map(jnp.asarray, self.shift(t, y, args))
             return ([u] if len(self.noises) == 1 else list(u)), None
         assert self.prior is not None
         still = jtu.tree_map(jnp.zeros_like, y)
@@ -74,7 +80,7 @@ class Shift(eqx.Module):
         size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
         vfs = [noise.vf(t, y, args) for noise in self.noises]
         structs = [eqx.filter_eval_shape(noise.contr, t, t) for noise in self.noises]
-        diagonal = _diagonal(vfs, structs, difference)
+        diagonal = _diagonal(self.noises, vfs, structs, difference)
         if diagonal is None:
             if divergence.ndim > 0:
                 raise ValueError(
@@ -82,7 +88,7 @@ class Shift(eqx.Module):
                     "each of its elements, for diagonal noise only (as a "
                     "`lineax.DiagonalLinearOperator`). Use `jax.vmap` instead."
                 )
-            u, product = _least_squares(vfs, structs, difference)
+            u, product = _least_squares(self.noises, vfs, structs, difference)
             largest = jnp.max(jnp.stack([jnp.max(x) for x in _nonempty(size)]))
             size = jtu.tree_map(lambda x: largest.astype(x.dtype), size)
         else:
@@ -119,10 +125,13 @@ def _divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "...
 
 
 def _diagonal(
-    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], like: Y
+    noises: Sequence[diffrax.ControlTerm],
+    vfs: list[VF],
+    structs: list[PyTree[jax.ShapeDtypeStruct]],
+    like: Y,
 ) -> Y | None:
-    """The diffusion, if it is diagonal."""
-    if len(vfs) > 1:
+    """The diffusion, if it is known to be diagonal."""
+    if len(noises) > 1 or type(noises[0]).prod is not diffrax.ControlTerm.prod:
         return None
     (vf,), (struct,) = vfs, structs
     if isinstance(vf, lx.DiagonalLinearOperator):
@@ -137,10 +146,17 @@ def _diagonal(
 
 
 def _least_squares(
-    vfs: list[VF], structs: list[PyTree[jax.ShapeDtypeStruct]], difference: Y
+    noises: Sequence[diffrax.ControlTerm],
+    vfs: list[VF],
+    structs: list[PyTree[jax.ShapeDtypeStruct]],
+    difference: Y,
 ) -> tuple[list[PyTree[Array]], Y]:
     """The smallest `u` that comes closest to the difference, and what it comes to."""
-    product = lambda u: add(*map(control_product, vfs, u))
+
+    def product(u):
+        parts = zip(noises, vfs, u, strict=True)
+        return add(*(noise.prod(vf, x) for noise, vf, x in parts))
+
     operator = lx.FunctionLinearOperator(product, structs)
     solver = lx.AutoLinearSolver(well_posed=False)
     u = lx.linear_solve(operator, difference, solver).value
