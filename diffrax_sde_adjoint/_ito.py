@@ -22,7 +22,13 @@ from jaxtyping import Array, PyTree
 from ._compat import Args, RealScalarLike, Y
 from ._controls import is_single_term
 from ._dependence import depends_on
-from ._noise import check_independent, is_noise, without_path
+from ._noise import (
+    AbstractConvertedDrift,
+    Sense,
+    check_independent,
+    is_noise,
+    without_path,
+)
 
 
 def correction(
@@ -76,12 +82,14 @@ def correction(
     return total
 
 
-class _CorrectedDrift(eqx.Module):
-    """A drift, with the corrections for some noises added to it or subtracted."""
+class _CorrectedDrift(AbstractConvertedDrift):
+    """A drift, with the corrections for some noises added to it or subtracted: for the
+    Itô solution, or the Stratonovich one.
+    """
 
     drift: Callable[[RealScalarLike, Y, Args], Y] | None
     noises: Sequence[diffrax.AbstractTerm]
-    sign: int = eqx.field(static=True)
+    sense: Sense = eqx.field(static=True)
     elementwise: bool = eqx.field(static=True)
 
     def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
@@ -92,7 +100,8 @@ class _CorrectedDrift(eqx.Module):
         for noise in self.noises:
             change = correction(noise, t, y, args, self.elementwise)
             if change is not None:
-                out = jtu.tree_map(lambda a, b: a + self.sign * b, out, change)
+                add = jnp.add if self.sense == "ito" else jnp.subtract
+                out = jtu.tree_map(add, out, change)
         return out
 
 
@@ -173,7 +182,7 @@ def ito_to_stratonovich(
         }
         ```
     """
-    return _convert(terms, -1, elementwise, "ito_to_stratonovich")
+    return _convert(terms, "stratonovich", elementwise, "ito_to_stratonovich")
 
 
 def stratonovich_to_ito(
@@ -184,11 +193,11 @@ def stratonovich_to_ito(
 
     Arguments, what is returned, errors and costs are the same.
     """
-    return _convert(terms, 1, elementwise, "stratonovich_to_ito")
+    return _convert(terms, "ito", elementwise, "stratonovich_to_ito")
 
 
 def _convert(
-    terms: PyTree[diffrax.AbstractTerm], sign: int, elementwise: bool, name: str
+    terms: PyTree[diffrax.AbstractTerm], sense: Sense, elementwise: bool, name: str
 ) -> diffrax.MultiTerm:
     if not isinstance(terms, diffrax.AbstractTerm):
         raise ValueError(
@@ -218,7 +227,7 @@ def _convert(
     is_drift = [type(x) is diffrax.ODETerm for x in leaves]
     first = is_drift.index(True) if True in is_drift else None
     drift = None if first is None else leaves[first].vector_field
-    corrected = diffrax.ODETerm(_CorrectedDrift(drift, noises, sign, elementwise))
+    corrected = diffrax.ODETerm(_CorrectedDrift(drift, noises, sense, elementwise))
     if first is None:
         return diffrax.MultiTerm(corrected, *leaves)
     return diffrax.MultiTerm(*leaves[:first], corrected, *leaves[first + 1 :])

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import ClassVar, TypeVar, cast
 
 import diffrax
+import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._noise import AbstractConvertedDrift
 
 
 _SolverState = TypeVar("_SolverState")
@@ -90,3 +92,28 @@ def is_kind(solver: diffrax.AbstractSolver, kinds: type | tuple[type, ...]) -> b
     one wrapper only.
     """
     return any(issubclass(type(x), kinds) for x in layers(solver))
+
+
+def check_sense(
+    terms: PyTree[diffrax.AbstractTerm], solver: diffrax.AbstractSolver
+) -> None:
+    """An error if terms were converted for a solver of the other kind."""
+    is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
+    name = type(solver).__name__
+    for drift in jtu.tree_leaves(terms, is_leaf=is_converted):
+        if not is_converted(drift):
+            continue
+        if drift.sense == "ito" and is_kind(solver, diffrax.AbstractStratonovichSolver):
+            raise ValueError(
+                "These terms come from `stratonovich_to_ito`, and are for a solver "
+                f"that converges to the Itô solution, but `{name}` converges to the "
+                "Stratonovich solution. Pass the terms as they were before, or use an "
+                "Itô solver, such as `diffrax.Euler()`."
+            )
+        if drift.sense == "stratonovich" and is_kind(solver, diffrax.AbstractItoSolver):
+            raise ValueError(
+                "These terms come from `ito_to_stratonovich`, and are for a solver "
+                f"that converges to the Stratonovich solution, but `{name}` converges "
+                "to the Itô solution. Pass the terms as they were before, or use a "
+                "Stratonovich solver, such as `diffrax.Heun()`."
+            )

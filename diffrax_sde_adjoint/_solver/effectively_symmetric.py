@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._reversal import reverse
-from .base import AbstractReversibleSolver
+from .base import AbstractReversibleSolver, check_sense
 
 
 class AbstractEffectivelySymmetric(
@@ -45,6 +45,7 @@ class AbstractEffectivelySymmetric(
         solver_state: Any,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, Any, diffrax.RESULTS]:
+        check_sense(terms, self)
         y1, y_error, _, solver_state, result = super().step(
             terms, t0, t1, y0, args, solver_state, made_jump
         )

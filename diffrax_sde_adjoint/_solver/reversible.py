@@ -31,7 +31,7 @@ from .._compat import (
     is_sde,
 )
 from .._reversal import reverse
-from .base import AbstractReversibleSolver, is_kind
+from .base import AbstractReversibleSolver, check_sense, is_kind
 from .forwarding import AbstractForwardingSolver
 
 
@@ -118,6 +118,7 @@ class Reversible(
         args: Args,
     ) -> _SolverState:
         del t0, t1, args
+        check_sense(terms, self)
         name = type(self.solver).__name__
         if is_sde(terms) and is_kind(self.solver, diffrax.AbstractItoSolver):
             raise ValueError(
