@@ -5,6 +5,14 @@ read when a new release of either breaks something. Each import says what it is 
 for; `tests/test_compat.py` checks what is assumed about each.
 """
 
+import inspect
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend as jex
+import numpy as np
+
 # The annotations of diffrax's own interfaces. Methods that implement an interface of
 # diffrax have to accept just what diffrax's accept, and none of these names is public.
 from diffrax._custom_types import (
@@ -12,6 +20,7 @@ from diffrax._custom_types import (
     Args as Args,
     BoolScalarLike as BoolScalarLike,
     DenseInfo as DenseInfo,
+    IntScalarLike as IntScalarLike,
     RealScalarLike as RealScalarLike,
     Y as Y,
 )
@@ -22,10 +31,16 @@ from diffrax._custom_types import (
 # path.
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 
+# The function in which `diffeqsolve` asks each term for a control, and compares it with
+# what the solver expects, see `control_of_solver`.
 # The state of diffrax's integration loop, and of what it saves. The saved outputs are
 # where the cotangents of a solve arrive, and counters say how many steps were made and
 # saved.
-from diffrax._integrate import SaveState as SaveState, State as State
+from diffrax._integrate import (
+    SaveState as SaveState,
+    State as State,
+    _assert_term_compatible,
+)
 
 # The default of `SaveAt(fn=...)`, to recognise that no function was given.
 from diffrax._saveat import save_y as save_y
@@ -37,10 +52,55 @@ from diffrax._term import WrapTerm as WrapTerm
 # wrong into an error that names its cause; `while_loop` is the loop that diffrax's
 # integration takes as an argument, and the only one that writes buffers in place;
 # `prevbefore` is the step between floating-point numbers that diffrax's controllers
-# leave at a jump.
+# leave at a jump; `unvmap_any` is whether something is true for any element of a batch,
+# as a scalar that is not batched.
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
     prevbefore as prevbefore,
+    unvmap_any as unvmap_any,
     while_loop as while_loop,
 )
+
+
+def control_of_solver() -> Any:
+    """The type of control that a solver expects, if `diffeqsolve` is asking for a
+    control to compare with it; else `None`.
+
+    diffrax asks without saying for whom, and its own error prints all terms. So this
+    looks at the local variables of diffrax's check, which is further up the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_qualname
+        if name == f"{_assert_term_compatible.__name__}.<locals>._check":
+            return frame.f_locals.get("control_type_expected")
+        frame = frame.f_back
+    return None
+
+
+def known_value(x: Any) -> np.ndarray | None:
+    """The value of an array which a function that is being traced has computed from
+    constants alone; `None` if it is not, or not known how.
+
+    `diffeqsolve` makes traced arrays of the numbers that it is given, so that an
+    adjoint does not see these. JAX keeps what a traced array was computed from, as its
+    `parent`.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        return np.asarray(x)
+    variable = getattr(x, "val", None)
+    if isinstance(variable, jex.core.Literal):
+        return np.asarray(variable.val)
+    parent = getattr(x, "parent", None)
+    if parent is None:
+        return None
+    inputs = [known_value(y) for y in parent.in_tracers]
+    if any(y is None for y in inputs):
+        return None
+    with jax.ensure_compile_time_eval():
+        out = parent.primitive.bind(*inputs, **parent.params)
+    if parent.primitive.multiple_results:
+        (i,) = [i for i, y in enumerate(parent.outvars) if y is variable]
+        out = out[i]
+    return np.asarray(out)

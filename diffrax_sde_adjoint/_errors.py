@@ -1,13 +1,17 @@
 """Checks of values, made as early as the value is known."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.core
+import jax.lax as lax
 import numpy as np
-from jaxtyping import ArrayLike, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
+
+from ._compat import unvmap_any
 
 
 _T = TypeVar("_T", bound=PyTree)
@@ -25,3 +29,60 @@ def error_if(x: _T, pred: Callable[[], Bool[ArrayLike, "..."]], msg: str) -> _T:
     if np.asarray(is_error).any():
         raise ValueError(msg)
     return x
+
+
+class _Message(Sequence[str]):
+    """A message with numbers that are known when the program runs. To
+    [`equinox.branched_error_if`][] it is the only one of its messages.
+    """
+
+    def __init__(self, template: str, num_values: int):
+        self._template = template
+        self._values: Sequence[Any] = ["?"] * num_values
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        del index
+        return self._template.format(*self._values)
+
+    def note(self, pred: Bool[np.ndarray, "..."], *values: np.ndarray) -> np.ndarray:
+        """Takes the numbers of the first element of a batch that is in error."""
+        first = np.argmax(np.ravel(pred))
+        self._values = [np.ravel(x)[first] for x in values]
+        return pred
+
+
+def error_with_values_if(
+    x: _T, pred: Bool[Array, ""], template: str, *values: Array
+) -> _T:
+    """As [`equinox.error_if`][], with a message that has scalar `values` filled in as
+    `str.format` does.
+    """
+    message = _Message(template, len(values))
+    pred, values = lax.stop_gradient((pred, values))
+    # In a batch too, numbers are looked at only if there is an error.
+    pred = lax.cond(
+        unvmap_any(pred),
+        lambda: jax.pure_callback(
+            message.note,
+            jax.ShapeDtypeStruct((), bool),
+            pred,
+            *values,
+            vmap_method="broadcast_all",
+        ),
+        lambda: pred,
+    )
+    return eqx.branched_error_if(x, pred, 0, message)
+
+
+def _is_new(record: logging.LogRecord) -> bool:
+    """Whether this tells of anything but an error that is about to be raised."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return type(error).__module__ != "equinox._errors"
+
+
+# JAX logs an error in a callback, with its traceback, and then raises it with the same
+# traceback. `equinox.filter_jit` keeps the first of the two out as well.
+logging.getLogger("jax._src.callback").addFilter(_is_new)

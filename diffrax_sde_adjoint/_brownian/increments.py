@@ -58,7 +58,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from .draws import at_least_single, draw
 
@@ -121,6 +121,22 @@ def join(left: Increment, right: Increment) -> Increment:
         return jnp.stack([x + y for x, y in contributions])
 
     return Increment(dt, jtu.tree_map(join_leaf, left.components, right.components))
+
+
+def reverse_if(pred: Bool[Array, ""], inc: Increment) -> Increment:
+    """If `pred`, the interval gone through from right to left: `dW` changes its sign,
+    and so do `W` and `K`, but not `H`, whose kernel does as well.
+    """
+    sign = jnp.where(pred, -1.0, 1.0)
+
+    def reverse_leaf(x):
+        signs = jnp.where(np.arange(len(x)) == 1, 1.0, sign).astype(
+            jnp.finfo(x.dtype).dtype
+        )
+        return x * signs.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+
+    dt = inc.dt * sign.astype(inc.dt.dtype)
+    return Increment(dt, jtu.tree_map(reverse_leaf, inc.components))
 
 
 def embed(part: list[Any], mid: Any, width: Any) -> list[Any]:

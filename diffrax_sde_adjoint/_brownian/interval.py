@@ -18,6 +18,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
@@ -32,10 +33,10 @@ from jaxtyping import (
     Real,
 )
 
-from .._compat import RealScalarLike, nondifferentiable
-from .._errors import error_if
+from .._compat import RealScalarLike, control_of_solver, nondifferentiable
+from .._errors import error_if, error_with_values_if
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
-from .increments import Increment
+from .increments import Increment, reverse_if
 from .query import any_query, draw_cell
 
 
@@ -50,6 +51,21 @@ _num_components = {
     diffrax.SpaceTimeLevyArea: 2,
     diffrax.SpaceTimeTimeLevyArea: 3,
 }
+
+
+class KnownTimes:
+    """`t0`, `t1` and `dt` of a path, if they are known when it is made: for a warning.
+    It is equal to any other, as programs are not to be compiled anew for it.
+    """
+
+    def __init__(self, numbers: tuple[float, float, float | None] | None):
+        self.numbers = numbers
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnownTimes)
+
+    def __hash__(self) -> int:
+        return hash(KnownTimes)
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
@@ -176,6 +192,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     key: Key[Array, ""]
     levels: int = eqx.field(static=True)
     _cells: AbstractCells
+    _known: KnownTimes = eqx.field(static=True, repr=False)
     # Flattened, as a static field has to be hashable and a PyTree need not be.
     _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
 
@@ -194,7 +211,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             | diffrax.SpaceTimeTimeLevyArea
         ] = diffrax.BrownianIncrement,
         levels: int | None = None,
+        tol: None = None,
     ):
+        if tol is not None:
+            raise ValueError(
+                "`BrownianInterval` has no `tol`. Its resolution is set by the size of "
+                "its cells and by `levels`: a cell over `2**levels`. For constant "
+                "steps, pass `dt=dt0` of the solve; for adaptive steps, `dt` of about "
+                "the longer ones."
+            )
         if levy_area not in _num_components:
             raise ValueError(
                 "`BrownianInterval(levy_area=...)` must be one of "
@@ -222,6 +247,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
             step = None if dt is None else jnp.asarray(dt, dtype)
             edges = None if ts is None else jnp.asarray(ts, dtype)
+        self._known = _known_times(start, end, step)
         end = error_if(
             end,
             lambda: ~((start < end) & jnp.isfinite(start) & jnp.isfinite(end)),
@@ -290,6 +316,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         - `use_levy`: whether to return an instance of `levy_area`, which also has the
             length `dt` of the query, instead of just the increment `W`.
 
+        If `t0 > t1`, then this is what the path adds from right to left: `W` and `K`
+        are the negative of those over `[t1, t0]`, `H` is the same, and the length `dt`
+        is negative.
+
         A time within two units of rounding, at the larger end of the interval of the
         path, of the edge of a cell is that edge.
 
@@ -304,9 +334,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         **Raises:**
 
         An error, when run, if either end is outside of `[self.t0, self.t1]` (by more
-        than rounding) or NaN, or if `t0 > t1`.
+        than rounding) or NaN.
         """
         del left
+        if use_levy:
+            _check_levy_area(self.levy_area)
         query = (lax.stop_gradient(self.t0), t0) if t1 is None else (t0, t1)
         dtypes = (self.t0.dtype, *(_time_dtype(t) for t in query))
         t0, t1 = (jnp.asarray(t, self.t0.dtype) for t in query)
@@ -325,12 +357,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         tol = jnp.minimum(_tolerance(start, end, dtypes), 0.25 * cells.shortest)
 
         def evaluate():
-            is_within = (start - tol <= t0) & (t0 <= t1) & (t1 <= end + tol)
-            checked_t0 = eqx.error_if(t0, ~is_within, _bad_query)
-            ts = jnp.stack([checked_t0, t1])
-            return any_query(
+            left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
+            is_within = (start - tol <= left) & (right <= end + tol)
+            ts = error_with_values_if(
+                jnp.stack([left, right]), ~is_within, _bad_query, t0, t1, start, end
+            )
+            out = any_query(
                 self.key, cells, ts, tol, self.levels, self.shape, self._num
             )
+            return reverse_if(t0 > t1, out)
 
         if isinstance(cells, OneCell):
             return self._to_diffrax(evaluate())
@@ -385,23 +420,50 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     cost of a query that is not a single cell is proportional to this. Defaults to 10
     with `dt` or `ts`, and to 20 with neither.
 
+- `tol`: not an argument of this path; there for an error that tells those who come from
+    [`diffrax.VirtualBrownianTree`][] what to pass instead.
+
 With neither `dt` nor `ts` the whole interval is one cell. Paths that are divided in
 different ways are different paths, even for the same key.
 
 **Raises:**
 
-`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, a `dt`, `ts`,
+`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, `tol`, a `dt`, `ts`,
 `levels` or `levy_area` outside of what is said above, a `shape` with integer dtypes, or
 more than one key, or one of another kind. If the offending value is traced by JAX, an
 error when run.
 """
 
 _bad_query = (
-    "`BrownianInterval.evaluate(t0, t1)` needs `t0 <= t1`, both in the interval of the "
-    "path and not NaN. In a solve, check that the interval of the solve is within that "
-    "of the path, `BrownianInterval(t0=..., t1=...)`. (Also for solves that go "
-    "backwards in time, whose path has `t0 < t1` too.)"
+    "`BrownianInterval.evaluate(t0, t1)` was called from {} to {}, but the path is "
+    "from {} to {}. Let `BrownianInterval(t0=..., t1=...)` hold the whole interval of "
+    "the solve, with `t0 < t1` also if this goes backwards in time."
 )
+
+
+def _known_times(
+    t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""] | None
+) -> KnownTimes:
+    given = [x for x in (t0, t1, dt) if x is not None]
+    if any(isinstance(x, jax.core.Tracer) for x in given):
+        return KnownTimes(None)
+    return KnownTimes((float(t0), float(t1), None if dt is None else float(dt)))
+
+
+def _check_levy_area(levy_area: type[diffrax.AbstractBrownianIncrement]) -> None:
+    """An error if `diffeqsolve` is asking on behalf of a solver that needs more."""
+    expected = control_of_solver()
+    # From the least to the most.
+    names = [
+        x.__name__ for x in _num_components if expected and issubclass(x, expected)
+    ]
+    if len(names) > 0 and levy_area.__name__ not in names:
+        raise ValueError(
+            f"The solver needs a Brownian path with Lévy area, an "
+            f"`{expected.__name__}`, but `BrownianInterval` was made with "
+            f"`levy_area=diffrax.{levy_area.__name__}`. Pass "
+            f"`BrownianInterval(..., levy_area=diffrax.{names[0]})`."
+        )
 
 
 def _check_key(key: PRNGKeyArray) -> Key[Array, ""]:
