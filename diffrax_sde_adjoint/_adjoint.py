@@ -12,6 +12,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._backward import Backward, no_second_derivative
@@ -24,6 +25,7 @@ from ._backward_sde import (
     no_solver_state,
 )
 from ._batching import detach, with_derivative
+from ._brownian.steps import warn_of_costly_steps
 from ._closures import hoist_closures, hoist_save_fns
 from ._compat import (
     State,
@@ -34,13 +36,20 @@ from ._compat import (
 from ._controllers import look_into, may_jump
 from ._saves import SaveInputs, get_save_states, get_saved
 from ._solve_backwards import SolveBackwards
-from ._solver import ReversibleHeun, is_reversible
+from ._solver import ReversibleHeun, carried, check_sense, is_reversible
 from ._stages import in_forward_mode, without_loops
 from ._tape import SolveState, loop_and_record, plain_while_loop
 from ._times import Loop, distinct, split_times
 
 
 _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
+_no_forward_mode = (
+    "`adjoint=StochasticAdjoint()` does not support forward mode (`jax.jvp`, "
+    "`jax.jacfwd`, `jax.linearize`) of a solve. Use `adjoint=diffrax.ForwardMode()` "
+    "instead, or `diffrax_sde_adjoint.forward_sensitivity`, or reverse mode "
+    "(`jax.grad`, `jax.jacrev`). (Gradients can be differentiated in forward mode, as "
+    "in `jax.hessian`.)"
+)
 # Of a page of the tape, if there is nothing else to say how long one should be.
 _steps_per_page = 63
 
@@ -134,7 +143,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             )
 
     def loop(
-        self,
+        self=None,
         *,
         args,
         terms,
@@ -153,14 +162,25 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         progress_meter,
     ) -> tuple[State, Any]:
         del passed_controller_state
+        if self is None:
+            # `diffeqsolve` calls this method of whatever it is given.
+            raise ValueError(
+                "`diffeqsolve(..., adjoint=StochasticAdjoint)` was given the class. "
+                "Pass an instance: `adjoint=StochasticAdjoint()`."
+            )
+        check_sense(terms, solver)
         if is_unsafe_sde(terms):
             raise ValueError(
                 "`adjoint=StochasticAdjoint()` does not support `UnsafeBrownianPath`, "
                 "as it cannot be evaluated again. Use "
                 "`diffrax_sde_adjoint.BrownianInterval`, which costs the same."
             )
+        warn_of_costly_steps(terms, stepsize_controller, t0, t1, dt0)
         if type(solver) is diffrax.ReversibleHeun:
             solver = ReversibleHeun()
+            init_state = eqx.tree_at(
+                lambda s: s.solver_state, init_state, carried(init_state.solver_state)
+            )
         solver = without_loops(solver)
         if self.backward is None:
             way_back = None
@@ -199,6 +219,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         )
         # With these loops the solver has every derivative.
         forward_solver = in_forward_mode(solver)
+        # In a batch, an element whose solve has no length makes no step, but one is
+        # evaluated as long as others make some. diffrax would have it leave the path.
+        tnext = jnp.where(t0 < t1, init_state.tnext, init_state.tprev)
+        init_state = eqx.tree_at(lambda s: s.tnext, init_state, tnext)
         stepsize_controller, sees_solution = look_into(
             stepsize_controller, terms, forward_solver, init_state, args
         )
@@ -277,6 +301,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 or may_jump(stepsize_controller),
                 take_snapshots=not is_reversible(solver)
                 or self.checkpoint_every is not None,
+                measure_change=type(solver) is ReversibleHeun and way_back is None,
             )
 
         loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)
@@ -305,7 +330,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             kind, numerics = way_back
             rule = SolveBackwards(kind, throw)
             residuals = (tape, num_saved, (init_state.tprev, numerics))
-        final_state = with_derivative(rule, shared, own, residuals, final_state)
+        final_state = with_derivative(
+            rule, shared, own, residuals, final_state, no_forward_mode=_no_forward_mode
+        )
         if way_back is not None:
             final_state = eqx.tree_at(
                 lambda s: s.solver_state,

@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._compat import nondifferentiable_backward, save_y
-from ._guard import Drift, did_not_return, near_exact_tolerance
+from ._guard import (
+    Drift,
+    did_not_return,
+    is_not_inverse,
+    near_exact_tolerance,
+    size_of_loss,
+)
 from ._saves import Position, Saved, cotangents_of_earlier, get_save_states
-from ._solver import is_reversible
+from ._solver import EES25, EES27, Reversible, ReversibleHeun, is_reversible
+from ._spurious import Spurious, is_unstable
 from ._stages import summed_over_batches
 from ._sweep import (
     Cotangents,
@@ -18,6 +25,7 @@ from ._sweep import (
     SweepState,
     arrive,
     can_stagger,
+    inverts_last_step,
     replay,
     reverse,
     staggered,
@@ -32,6 +40,10 @@ no_second_derivative = (
     "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
     "or use `adjoint=diffrax.DirectAdjoint()` instead."
 )
+
+
+# Solvers whose `backward_step` is known to be right.
+_invertible = (EES25, EES27, Reversible, ReversibleHeun)
 
 
 class Backward(eqx.Module):
@@ -89,6 +101,30 @@ class Backward(eqx.Module):
                 save_states, saved.grad_ys, save_inputs.fns, strict=True
             )
         ]
+        grad_ys = [
+            grad_final_state.y,
+            *(grad for _, grad, is_y in saved_ys if is_y),
+        ]
+        others = (
+            [ys for ys, _, is_y in saved_ys if not is_y],
+            get_dense_infos(final_state),
+        )
+        grad_others = (
+            [grad for _, grad, is_y in saved_ys if not is_y],
+            get_dense_infos(grad_final_state),
+        )
+        if tape.largest_change is None:
+            spurious = None
+        else:
+            # Of a solution that does not move, the distance is rounding.
+            largest = jtu.tree_map(
+                lambda change, y: change + float(jnp.finfo(y.dtype).eps) ** 0.5 * y,
+                tape.largest_change,
+                tape.largest_y,
+            )
+            spurious = Spurious.none(
+                size_of_loss(largest, grad_ys, others, grad_others)
+            )
         end = SweepState(
             SolveState(final_state.y, final_state.solver_state),
             final_state.tprev,
@@ -103,20 +139,13 @@ class Backward(eqx.Module):
                 zeros_like(diff_inputs),
             ),
             Drift.none(
-                tape.largest_y,
-                [grad_final_state.y, *(grad for _, grad, is_y in saved_ys if is_y)],
-                (
-                    [ys for ys, _, is_y in saved_ys if not is_y],
-                    get_dense_infos(final_state),
-                ),
-                (
-                    [grad for _, grad, is_y in saved_ys if not is_y],
-                    get_dense_infos(grad_final_state),
-                ),
+                size_of_loss(tape.largest_y, grad_ys, others, grad_others),
+                final_state.y,
                 near_exact_tolerance
                 if is_reversible(solver) and solver.is_near_exact
                 else 0.0,
             ),
+            spurious,
             diffrax.RESULTS.successful,
         )
         if not is_reversible(solver):
@@ -144,14 +173,26 @@ class Backward(eqx.Module):
         )
         failed = jnp.invert(diffrax.is_okay(start.result))
         drifted = start.drift.is_too_large()
+        is_wrong = failed | drifted
+        if start.spurious is not None:
+            unstable = start.spurious.is_too_large()
+            is_wrong = is_wrong | unstable
         if self.throw:
-            grad_shared, grad_own = start.result.error_if(
-                (grad_shared, grad_own), failed
-            )
-            grad_shared, grad_own = eqx.error_if(
-                (grad_shared, grad_own), drifted, did_not_return
+            grads = (grad_shared, grad_own)
+            grads = start.result.error_if(grads, failed)
+            if start.spurious is not None:
+                grads = eqx.error_if(grads, unstable, is_unstable)
+            # Of a solver that a user wrote, it may be the fault of its `backward_step`.
+            is_inverse = jnp.array(True)
+            if is_reversible(solver) and type(solver) not in _invertible:
+                is_inverse = inverts_last_step(sweep, end)
+            grad_shared, grad_own = eqx.branched_error_if(
+                grads,
+                drifted,
+                jnp.where(is_inverse, 0, 1),
+                [did_not_return, is_not_inverse(solver)],
             )
         grad_shared, grad_own = nondifferentiable_backward(
             (grad_shared, grad_own), msg=no_second_derivative
         )
-        return grad_shared, grad_own, failed | drifted
+        return grad_shared, grad_own, is_wrong

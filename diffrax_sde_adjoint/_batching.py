@@ -47,6 +47,22 @@ def any_of(x: Array, axes: Axes) -> Array:
     return lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
 
 
+@jax.custom_batching.custom_vmap
+def sum_over_batches(x: _T) -> _T:
+    """The sum over all elements of all batches, also those of a `jax.vmap` around a
+    gradient.
+    """
+    return x
+
+
+@sum_over_batches.def_vmap
+def _(axis_size, in_batched, x):
+    add = lambda x, batched: jnp.sum(x, axis=0) if batched else axis_size * x
+    (is_batched,) = in_batched
+    out = sum_over_batches(jtu.tree_map(add, x, is_batched))
+    return out, jtu.tree_map(lambda _: False, out)
+
+
 def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
     """`x` for the elements of a batch that are active, and `y` for the others. Without
     a batch, all is active.
@@ -138,8 +154,15 @@ class _Call:
     a primitive, and equal only to itself.
     """
 
-    def __init__(self, rule: Rule, arrays: PyTree[Array], static: PyTree[Any]):
+    def __init__(
+        self,
+        rule: Rule,
+        arrays: PyTree[Array],
+        static: PyTree[Any],
+        no_forward_mode: str,
+    ):
         self.rule = rule
+        self.no_forward_mode = no_forward_mode
         self.treedef = jtu.tree_structure(arrays)
         self.static = static
         *_, outputs = arrays
@@ -165,7 +188,13 @@ class _Call:
 
 
 def with_derivative(
-    rule: Rule, shared: Any, own: Any, residuals: Any, outputs: _T
+    rule: Rule,
+    shared: Any,
+    own: Any,
+    residuals: Any,
+    outputs: _T,
+    *,
+    no_forward_mode: str,
 ) -> _T:
     """`outputs`, as a differentiable function of `shared` and `own`.
 
@@ -174,10 +203,11 @@ def with_derivative(
     cotangents of `shared` are to be sums over all `axes` over which an array is not
     batched. `perturbed` has `True` for each array that is differentiated. The third
     thing that `rule` returns is whether the cotangents are to be replaced by NaN.
+    `no_forward_mode` is the message of the error in forward mode.
     """
     arrays, static = eqx.partition((shared, own, residuals, outputs), eqx.is_array)
     arrays = jtu.tree_map(jnp.asarray, arrays)  # from those of NumPy
-    call = _Call(rule, arrays, static)
+    call = _Call(rule, arrays, static, no_forward_mode)
     out = _with_derivative_p.bind(*jtu.tree_leaves(arrays), call=call, axes=())
     *_, static_outputs = static
     *_, output_arrays = arrays
@@ -270,6 +300,10 @@ def _jvp(primals, tangents, *, call, axes):
         return _finish_jvp(
             primals[len(primals) - call.num_outputs :], tangents_of_outputs
         )
+    tangents = [
+        None if t is None else _in_reverse_p.bind(t, msg=call.no_forward_mode)
+        for t in tangents
+    ]
     out, tangent_out = eqx.filter_jvp(
         lambda *arguments: _differentiable(arguments, call=call, axes=axes),
         call.arguments(primals),
@@ -287,6 +321,28 @@ def _finish_jvp(out, tangent_out):
 
 
 ad.primitive_jvps[_with_derivative_p] = _jvp
+
+
+# The identity, on the tangents of what has a rule in reverse mode only. There it is
+# transposed, and neither evaluated nor batched.
+_in_reverse_p = jex.core.Primitive("in_reverse")
+
+
+@_in_reverse_p.def_impl
+def _in_reverse_impl(tangent, *, msg):
+    raise ValueError(msg)
+
+
+def _in_reverse_batch(tangents, dims, *, msg):
+    raise ValueError(msg)
+
+
+_in_reverse_p.def_abstract_eval(lambda tangent, *, msg: tangent)
+mlir.register_lowering(
+    _in_reverse_p, mlir.lower_fun(_in_reverse_impl, multiple_results=False)
+)
+ad.deflinear2(_in_reverse_p, lambda cotangent, _, *, msg: [cotangent])
+batching.primitive_batchers[_in_reverse_p] = _in_reverse_batch
 
 
 @eqx.filter_custom_vjp

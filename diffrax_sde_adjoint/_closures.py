@@ -21,12 +21,13 @@ from ._compat import (
     VF,
     Args,
     RealScalarLike,
-    WrapTerm,
     Y,
     nondifferentiable,
     save_y,
 )
 from ._controls import is_single_term
+from ._noise import unwrap
+from ._products import product
 
 
 class Hoisted(eqx.Module):
@@ -80,22 +81,23 @@ class _HoistedTerm(diffrax.AbstractTerm):
 def hoist_closures(
     terms: PyTree[diffrax.AbstractTerm], t: RealScalarLike, y: Y, args: Args
 ) -> PyTree[diffrax.AbstractTerm]:
-    """`terms`, none of whose vector fields refers to a traced array by closure."""
+    """`terms`, none of whose vector fields refers to a traced array by closure. An
+    error if one of their products is not of the structure of the solution.
+    """
 
-    def hoist_vf(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
+    def hoist_vf(term: diffrax.AbstractTerm, y: Y) -> diffrax.AbstractTerm:
         hoisted_vf = hoist(lambda term, *x: term.vf(*x), term, t, y, args)
         closure = hoisted_vf.closure
 
-        def product(term, t, y, args):
+        def evaluate(term, t, y, args):
             control = term.contr(t, t)
-            return control, term.prod(term.vf(t, y, args), control)
+            return control, product(term, term.vf(t, y, args), control, y)
 
-        everything, *_ = eqx.filter_make_jaxpr(product)(term, t, y, args)
+        everything, *_ = eqx.filter_make_jaxpr(evaluate)(term, t, y, args)
         _check_controls(set(map(id, closure)), everything.consts)
         if not any(isinstance(x, jax.core.Tracer) for x in closure):
             return term
-        unwrapped = term.term if isinstance(term, WrapTerm) else term
-        if isinstance(unwrapped, diffrax.UnderdampedLangevinDriftTerm):
+        if isinstance(unwrap(term), diffrax.UnderdampedLangevinDriftTerm):
             raise NotImplementedError(
                 "`UnderdampedLangevinDriftTerm(grad_f=...)` must not refer to an array "
                 "that is traced by JAX with `adjoint=StochasticAdjoint()`. Make it a "
@@ -104,7 +106,13 @@ def hoist_closures(
             )
         return _HoistedTerm(term, hoisted_vf)
 
-    return jtu.tree_map(hoist_vf, terms, is_leaf=is_single_term)
+    # A solver may take terms in another structure, which the solution has too: each
+    # part of it has a term of its own.
+    is_term = lambda x: isinstance(x, diffrax.AbstractTerm)
+    hoist_all = lambda term, y: jtu.tree_map(
+        lambda x: hoist_vf(x, y), term, is_leaf=is_single_term
+    )
+    return jtu.tree_map(hoist_all, terms, y, is_leaf=is_term)
 
 
 def _check_controls(of_vector_field: set[int], everything: list[Any]) -> None:

@@ -10,10 +10,13 @@ the loss, which is, to first order, their product with the cotangents of these s
 
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
+
+from ._compat import Y
 
 
 # In solves of OU processes over various horizons, gradients are more accurate than the
@@ -24,13 +27,22 @@ near_exact_tolerance = float(jnp.finfo(jnp.float32).eps) ** _root
 
 did_not_return = (
     "`adjoint=StochasticAdjoint()` could not undo the steps of the solve: going back "
-    "from its end, it arrived so far from its start that gradients would be wrong. The "
-    "dynamics contract too much over this time for the solver, whose forward solution "
-    "may be inaccurate as well (compare with `diffrax.Heun`). Keep the solve every so "
-    "many steps with `StochasticAdjoint(checkpoint_every=...)`, make smaller steps, or "
-    "solve in float64; or use another solver, such as `diffrax.Heun`, of which no step "
-    "has to be undone, or `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+    "from its end, it arrived too far from its start for the gradient to be right. The "
+    "dynamics contract too much for the solver. Use `diffrax.Heun()` (Stratonovich) or "
+    "`diffrax.Euler()` (Itô) with the same path and adjoint; or keep the solve every "
+    "so many steps, with `StochasticAdjoint(checkpoint_every=...)`; or use float64."
 )
+
+
+def is_not_inverse(solver: diffrax.AbstractSolver) -> str:
+    name = type(solver).__name__
+    return (
+        f"`adjoint=StochasticAdjoint()`: `{name}.backward_step` is not the inverse of "
+        f"`{name}.step`. At the last step of the solve, the one followed by the other "
+        "does not lead back to the solution and the solver state. Gradients would be "
+        "wrong. (If it is the inverse up to a small error, say so with "
+        "`is_near_exact = True`.)"
+    )
 
 
 class Drift(eqx.Module):
@@ -46,34 +58,11 @@ class Drift(eqx.Module):
     tolerance: float = eqx.field(static=True)
 
     @staticmethod
-    def none(
-        largest_y: PyTree[Float[Array, "..."]],
-        grad_ys: list[PyTree[Array]],
-        others: PyTree[Array],
-        grad_others: PyTree[Array | None],
-        least_tolerance: float,
-    ) -> "Drift":
-        """At the end of the solve. `grad_ys` are the cotangents of the solution, where
-        it is an output. Then the size of a leaf is its largest entry at any time of the
-        forward solve, as it may just pass through zero; `largest_y` has that of each.
-        """
-
-        def product(grad, x):
-            if grad is None:
-                return None
-            # What has not been saved to is infinite.
-            size = jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
-            return jnp.sum(jnp.abs(grad)) * size
-
-        is_none = lambda x: x is None
-        products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
-        other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
-        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(largest_y)]
-        return Drift(
-            jnp.zeros((), jnp.result_type(float)),
-            _total((products, other_products)),
-            max([least_tolerance, *(x**_root for x in eps)]),
-        )
+    def none(scale: Float[Array, ""], y: Y, least_tolerance: float) -> "Drift":
+        """At the end of the solve."""
+        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y)]
+        tolerance = max([least_tolerance, *(x**_root for x in eps)])
+        return Drift(jnp.zeros((), jnp.result_type(float)), scale, tolerance)
 
     def arrived(
         self, found: PyTree[Any], known: PyTree[Any], grad: PyTree[Array | None]
@@ -91,6 +80,31 @@ class Drift(eqx.Module):
         pass: they speak for themselves.
         """
         return self.worth > self.tolerance * self.scale
+
+
+def size_of_loss(
+    largest_y: PyTree[Float[Array, "..."]],
+    grad_ys: list[PyTree[Array]],
+    others: PyTree[Array],
+    grad_others: PyTree[Array | None],
+) -> Float[Array, ""]:
+    """The size of the outputs times that of their cotangents: `grad_ys` where it is the
+    solution that is an output, and `grad_others`. The size of a leaf of the solution is
+    that of its largest entry at any time of the forward solve, as it may just pass
+    through zero; `largest_y` has that of each.
+    """
+
+    def product(grad, x):
+        if grad is None:
+            return None
+        # What has not been saved to is infinite.
+        size = jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
+        return jnp.sum(jnp.abs(grad)) * size
+
+    is_none = lambda x: x is None
+    products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
+    other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
+    return _total((products, other_products))
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

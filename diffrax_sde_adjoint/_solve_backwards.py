@@ -27,7 +27,7 @@ from ._compat import (
 )
 from ._controls import is_single_term
 from ._dependence import depends_on
-from ._guard import Drift
+from ._guard import Drift, size_of_loss
 from ._lift import LiftedTerm, System, make_quadrature
 from ._saves import cotangents_of_earlier, get_save_states
 from ._solver import is_kind
@@ -285,9 +285,8 @@ class SolveBackwards(eqx.Module):
             init_state.y,
             final_state.y,
         )
-        drift = Drift.none(
-            largest_y, [grad_final_state.y, *grad_ys], None, None, _tolerance
-        )
+        scale = size_of_loss(largest_y, [grad_final_state.y, *grad_ys], None, None)
+        drift = Drift.none(scale, final_state.y, _tolerance)
         end = _Carry(
             final_state.tprev,
             final_state.y,

@@ -1,5 +1,6 @@
 from .base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
+    check_sense as check_sense,
     is_kind as is_kind,
     is_reversible as is_reversible,
     layers as layers,
@@ -10,5 +11,6 @@ from .forwarding import AbstractForwardingSolver as AbstractForwardingSolver
 from .reversible import Reversible as Reversible
 from .reversible_heun import (
     ReversibleHeun as ReversibleHeun,
+    carried as carried,
     sums_leaf_by_leaf as sums_leaf_by_leaf,
 )

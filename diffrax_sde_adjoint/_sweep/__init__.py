@@ -1,7 +1,7 @@
 """The backward sweep: the gradient of a solve, from its end and its tape."""
 
 from .replay import replay as replay
-from .reverse import reverse as reverse
+from .reverse import inverts_last_step as inverts_last_step, reverse as reverse
 from .staggered import can_stagger as can_stagger, staggered as staggered
 from .sweep import (
     Cotangents as Cotangents,

@@ -36,8 +36,8 @@ from .._compat import VF, BoolScalarLike, RealScalarLike, Y, save_y
 from .._dependence import depends_on
 from .._solver import ReversibleHeun, sums_leaf_by_leaf
 from .._tape import Page, SolveState
-from .._trees import add_where_given, zeros_like
-from .sweep import Cotangents, Sweep, SweepState, add_grad_args, arrive
+from .._trees import add_where_given, are_alike, zeros_like
+from .sweep import Cotangents, Sweep, SweepState, add_grad_args, arrive_at_page
 
 
 def can_stagger(sweep: Sweep, end: SweepState) -> bool:
@@ -63,15 +63,9 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
         is_linear_in_y
         and len(jtu.tree_leaves(diff_ts)) == 0
         and sums_leaf_by_leaf(vf)
-        and _are_alike(eqx.filter_eval_shape(product, sweep.diff_terms), end.state.y)
+        and are_alike(eqx.filter_eval_shape(product, sweep.diff_terms), end.state.y)
         and not depends_on(product, sweep.diff_terms)
     )
-
-
-def _are_alike(x: PyTree[Any], y: PyTree[Any]) -> bool:
-    """Whether they have the same structure, shapes and dtypes."""
-    describe = lambda tree: jtu.tree_map(lambda z: f"{z.dtype}{z.shape}", tree)
-    return eqx.tree_equal(describe(x), describe(y)) is True
 
 
 class _Right(eqx.Module):
@@ -173,6 +167,7 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             positions,
             grads,
             carry.drift,
+            carry.spurious,
             carry.result,
         )
 
@@ -198,7 +193,7 @@ def staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         carry = eqx.tree_at(lambda c: c.grads.terms, carry, grad_terms)
     y = _add(carry.state.y, -0.5, terms.prod(vf, right.control))
     carry = eqx.tree_at(lambda c: c.state, carry, SolveState(y, (yhat, vf)))
-    return carry if page.snapshot is None else arrive(carry, page.snapshot)
+    return arrive_at_page(carry, page)
 
 
 def _evaluate_control(diff_terms, own, others):

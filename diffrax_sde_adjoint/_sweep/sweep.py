@@ -24,6 +24,7 @@ import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._batching import Axes, maximum, vjp, where_active
@@ -31,6 +32,7 @@ from .._compat import Args, DenseInfo, RealScalarLike, Y
 from .._controls import evaluate_controls, with_controls
 from .._guard import Drift
 from .._saves import Position, Saved, SaveInputs
+from .._spurious import Spurious, worth_of_distance
 from .._stages import in_forward_mode
 from .._tape import Page, SolveState, Step, Tape
 from .._trees import add_where_given, zeros_like
@@ -53,7 +55,8 @@ class SweepState(eqx.Module):
     """What a sweep carries: the state of the solve at the left end of a step, up to
     rounding; the time at which the step after it starts; how much of what was saved
     lies further left; the cotangents; and how far, if steps are undone, the states have
-    drifted from those of the solve, and whether all steps could be undone.
+    drifted from those of the solve, what the spurious solution of reversible Heun is
+    worth, and whether all steps could be undone.
     """
 
     state: SolveState
@@ -61,6 +64,7 @@ class SweepState(eqx.Module):
     positions: list[Position]
     grads: Cotangents
     drift: Drift
+    spurious: Spurious | None
     result: diffrax.RESULTS
 
 
@@ -96,12 +100,26 @@ class Sweep(eqx.Module):
         """
 
         def body(i, is_active, carry):
-            page = self.tape.page(i)
+            page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
             num_steps = where_active(is_active, page.num_steps, 0, self.axes)
             page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
-            return sweep_page(self, page, carry)
+            carry = sweep_page(self, page, carry)
+            if carry.spurious is None:
+                return carry
+            worth = worth_of_distance(
+                self.solver,
+                self.terms,
+                carry.next_t0,
+                self.args,
+                carry.state,
+                carry.grads.solver_state,
+            )
+            return eqx.tree_at(lambda c: c.spurious, carry, carry.spurious.at(worth))
 
-        return self.backwards(self.tape.num_pages, body, carry)
+        num = self.tape.num_pages
+        if carry.spurious is not None:
+            num = num * self.tape.parts_per_page
+        return self.backwards(num, body, carry)
 
     def backwards(
         self,
@@ -192,7 +210,15 @@ class Sweep(eqx.Module):
             ),
             add_grad_args(grad_inputs, grad_args),
         )
-        return SweepState(state0, step.t0, positions, grads, carry.drift, carry.result)
+        return SweepState(
+            state0,
+            step.t0,
+            positions,
+            grads,
+            carry.drift,
+            carry.spurious,
+            carry.result,
+        )
 
     def add_grad_saved(
         self, step: Step, dense_info: DenseInfo, carry: SweepState
@@ -265,3 +291,15 @@ def arrive(carry: SweepState, known: SolveState) -> SweepState:
         (carry.grads.y, carry.grads.solver_state),
     )
     return eqx.tree_at(lambda c: (c.drift, c.state), carry, (drift, known))
+
+
+def arrive_at_page(carry: SweepState, page: Page) -> SweepState:
+    """As `arrive`, if the state at the start of the page was kept, and the steps came
+    from there.
+    """
+    if page.snapshot is None:
+        return carry
+    is_start = page.first == 0
+    return jtu.tree_map(
+        lambda a, b: jnp.where(is_start, a, b), arrive(carry, page.snapshot), carry
+    )
