@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._compat import nondifferentiable_backward, save_y
+from ._controls import with_weak_directions
 from ._guard import (
     Drift,
     did_not_return,
@@ -78,6 +79,7 @@ class Backward(eqx.Module):
                 "solution, as `diffrax.PIDController` does, or use "
                 "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
             )
+        terms = with_weak_directions(terms)
         diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
         diff_inputs, nondiff_inputs = eqx.partition(save_inputs, perturbed_save_inputs)
         save_states = get_save_states(final_state)

@@ -25,7 +25,7 @@ from ._compat import (
     Y,
     nondifferentiable_backward,
 )
-from ._controls import is_single_term
+from ._controls import is_single_term, with_weak_directions
 from ._dependence import depends_on
 from ._guard import Drift, size_of_loss
 from ._lift import LiftedTerm, System, make_quadrature
@@ -174,6 +174,7 @@ class SolveBackwards(eqx.Module):
         tape, num_saved, (t0, numerics) = residuals
         if any(jtu.tree_leaves((perturbed_times, perturbed_save_inputs.ts))):
             raise ValueError(no_numerics)
+        terms = with_weak_directions(terms)
         diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
         diff_args, nondiff_args = eqx.partition(
             save_inputs.args, perturbed_save_inputs.args

@@ -187,3 +187,20 @@ def test_element_without_steps(solver):
     saveat = diffrax.SaveAt(t0=True, t1=True)
     y0 = lambda rate: 0.5 * rate
     assert_equal_gradients_where_defined(solver, y0, [0.0, 1.0], 1.3, saveat)
+
+
+def test_conditional():
+    """JAX keeps what is inside of it, for its derivative, without weak types."""
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.25)
+    terms = make_terms(lambda t, y, args: -y, lambda t, y, args: args * y, path)
+
+    def loss(args, adjoint):
+        solve = lambda: diffrax.diffeqsolve(
+            terms, diffrax.Heun(), 0.0, 1.0, 0.25, 1.0, args, adjoint=adjoint
+        ).ys[0]
+        return jax.lax.cond(args > 0, solve, lambda: args)
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    for args in (jnp.array(0.7), jnp.array(-0.7)):
+        ours = gradient(args, StochasticAdjoint())
+        assert relative_error(ours, gradient(args, diffrax.DirectAdjoint())) < 1e-12
