@@ -318,6 +318,30 @@ def test_wrapped_twice():
     assert relative_error(gradient(StochasticAdjoint()), expected) < 1e-10
 
 
+@pytest.mark.parametrize("solver", (diffrax.Heun(), diffrax.Tsit5()))
+def test_adjoints_of_diffrax(solver):
+    """They replace the loop over the stages of a Runge-Kutta method."""
+
+    def solve(y0, adjoint):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.sin(y)),
+            Reversible(solver),
+            0.0,
+            1.0,
+            0.25,
+            y0,
+            adjoint=adjoint,
+        ).ys[0]
+
+    y0 = jnp.array(0.4)
+    expected = jax.grad(solve)(y0, StochasticAdjoint())
+    direct = jax.grad(solve)(y0, diffrax.DirectAdjoint())
+    _, forward = jax.jvp(
+        lambda y0: solve(y0, diffrax.ForwardMode()), (y0,), (jnp.ones(()),)
+    )
+    np.testing.assert_allclose([direct, forward], expected, rtol=1e-12)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         Reversible(diffrax.Heun(), coupling=0.0)

@@ -33,6 +33,11 @@ class AbstractForwardingSolver(diffrax.AbstractSolver[_SolverState]):
     def root_find_max_steps(self):
         return self.solver.root_find_max_steps  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def scan_kind(self):
+        # diffrax looks through one wrapper, and takes it for the Runge-Kutta method.
+        return self.solver.scan_kind  # pyright: ignore[reportAttributeAccessIssue]
+
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
         return self.solver.order(terms)
 
