@@ -135,7 +135,9 @@ class _AugmentedDiffusion(eqx.Module):
             form = u[self.index]
         struct = eqx.filter_eval_shape(self.noise.contr, t, t)
         leaves, treedef = jtu.tree_flatten(struct)
-        return _Augmented(self.noise, vf, form, divergence, tuple(leaves), treedef)
+        # Not itself: solvers for additive noise look for the state in what this is.
+        like = jnp.zeros_like(divergence)
+        return _Augmented(self.noise, vf, form, like, tuple(leaves), treedef)
 
 
 def path_kl(

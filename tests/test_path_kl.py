@@ -418,3 +418,22 @@ def test_errors():
         run(jnp.ones(2), jnp.zeros(2), constant(jnp.ones((2, 2))))
     with pytest.raises(ValueError, match="`y0 = \\(y, divergence\\)`"):
         run(jnp.ones(2), jnp.zeros(3), diagonal(lambda t, y, args: y))
+
+
+@pytest.mark.parametrize(
+    "solver", (diffrax.ShARK(), pytest.param(diffrax.SEA(), marks=pytest.mark.slow))
+)
+def test_solvers_for_additive_noise(solver):
+    """The noise of what `path_kl` returns is additive if that of the terms is."""
+    path = BrownianInterval(
+        0.0, 1.0, (2,), jr.key(0), dt=0.25, levy_area=diffrax.SpaceTimeLevyArea
+    )
+    terms = make_terms(lambda t, y, args: -y, constant(jnp.eye(2)), path)
+    converted = (
+        path_kl(terms, lambda t, y, args: -y - jnp.ones(2)),
+        path_kl_of_shift(terms, lambda t, y, args: jnp.ones(2)),
+    )
+    for terms in converted:
+        y0 = (jnp.ones(2), jnp.array(0.0))
+        sol = diffrax.diffeqsolve(terms, solver, 0.0, 1.0, 0.25, y0)
+        assert abs(sol.ys[1][0] - 1) < 1e-12
