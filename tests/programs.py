@@ -123,18 +123,25 @@ def _inputs_of(program: Program, batch: str) -> tuple[str, ...]:
     return names
 
 
+def _sin(x):
+    """That of a complex number is not bounded, and solutions would not be either."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(jnp.sin(jnp.real(x)), jnp.sin(jnp.imag(x)))
+    return jnp.sin(x)
+
+
 def _drift(params, t, y, args):
     t = jnp.asarray(t, y.dtype)
-    return jnp.sin(params["weight"] @ y + t) - args["rate"] * y
+    return _sin(params["weight"] @ y + t) - args["rate"] * y
 
 
 def _diffusion(params, noise, t, y, args):
     """As an array or an operator, for a vector `y`."""
     t = jnp.asarray(t, y.dtype)
     scale = params["scale"]
-    diagonal = args["level"] * (1.2 + jnp.cos(scale * y + t))
+    diagonal = args["level"] * (1.2 + _sin(1.5 + scale * y + t))
     # Three noises: neither square nor commutative.
-    matrix = jnp.stack([diagonal, jnp.sin(y * scale[::-1]), 0.3 * y], axis=-1)
+    matrix = jnp.stack([diagonal, _sin(y * scale[::-1]), 0.3 * y], axis=-1)
     match noise:
         case "scalar" | "diagonal array":
             return diagonal
