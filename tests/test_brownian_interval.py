@@ -19,6 +19,7 @@ import pytest
 from helpers import keys, struct
 
 from diffrax_sde_adjoint import BrownianInterval
+from diffrax_sde_adjoint._brownian import draws as brownian_draws, refine
 from diffrax_sde_adjoint._brownian.query import draw_cell
 
 
@@ -110,14 +111,134 @@ def test_value_is_increment_from_the_start(grid):
         np.testing.assert_array_equal(path.evaluate(t), path.evaluate(t0, t))
 
 
-def test_no_loop_in_a_cell():
-    """There is a loop over the cells that a query spans, and no other one."""
-    for levy_area in levy_areas.values():
-        path = make_path(jr.key(0), (3,), levy_area=levy_area)
-        evaluate = lambda s, t, path=path: path.evaluate(s, t)
-        text = str(jax.make_jaxpr(evaluate)(0.6, 0.7))
-        assert "erf_inv" in text
-        assert "while[" not in text and "scan[" not in text
+@pytest.fixture
+def draws(monkeypatch):
+    """What is run from here on appends an item to this list for each draw."""
+    to_normal = brownian_draws._to_normal
+    draws = []
+
+    def counted(hashed, shape, dtype):
+        jax.debug.callback(lambda _: draws.append(shape), hashed)
+        return to_normal(hashed, shape, dtype)
+
+    monkeypatch.setattr(brownian_draws, "_to_normal", counted)
+    jax.clear_caches()
+    yield draws
+    jax.clear_caches()
+
+
+# Grid, query and draws.
+costs = {
+    "cell": ("dt", (0.75, 1.0), 1),
+    "left half": ("dt", (0.75, 0.875), 2),
+    "right half": ("dt", (0.875, 1.0), 2),
+    "eighth": ("dt", (1.34375, 1.375), 4),
+    "cells": ("dt", (0.75, 1.5), 3),
+    "all cells": ("ts", (0.5, 2.5), 4),
+    "half of a listed cell": ("ts", (1.5, 2.0), 2),
+    "half of the second cell": ("dt that does not divide", (1.2, 1.2 + 0.95 / 3), 2),
+    "one cell": ("none", (0.5, 2.5), 1),
+    "quarter of one cell": ("none", (1.5, 2.0), 3),
+    # Each end draws its cell, ten or twenty levels, and a leaf.
+    "anything in one cell": ("none", (0.6, 0.7), 2 * 22),
+    "anything": ("dt", (0.6, 0.7), 1 + 2 * 12),
+    "anything, over cells": ("dt", (0.6, 1.3), 1 + 2 * 12 + 2),
+    "not aligned": ("dt", (0.8125, 0.9375), 1 + 2 * 12),
+}
+
+
+@pytest.mark.parametrize("levy_area", ("W", "K"))
+@pytest.mark.parametrize("grid,query,num", costs.values(), ids=costs)
+def test_draws_of_a_query(grid, query, num, levy_area, draws):
+    shape = struct((3,), jnp.float32)
+    path = make_path(jr.key(0), shape, levy_area=levy_areas[levy_area], **grids[grid])
+    jax.block_until_ready(path.evaluate(*query, use_levy=True))
+    jax.effects_barrier()
+    assert len(draws) == num
+
+
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("dtype", (f64, jnp.float32))
+@pytest.mark.parametrize(
+    "t1,dt,step,num",
+    (
+        (1.0, 0.02, 0.01, 2),
+        (10.0, 0.02, 0.01, 2),
+        (10.0, 0.02, 0.005, 3),
+        (1.0, 0.01, 0.02, 2),
+        (10.0, 0.01, 0.05, 5),
+        (7.7, None, 7.7 / 128, 8),
+    ),
+)
+def test_draws_of_a_solve(t1, dt, step, num, dtype, backward, draws):
+    """However they were rounded, steps that are dyadic parts of cells or several whole
+    ones are drawn as such.
+    """
+    start, end = (-t1, 0.0) if backward else (0.0, t1)
+    times = jnp.array(steps_of_constant_solve(start, end, step, dtype), dtype)
+    times = -times[::-1] if backward else times
+    to_dtype = lambda x: None if x is None else jnp.array(x, dtype)
+    shape = struct((), jnp.float32)
+
+    @jax.jit
+    def run(ts):
+        path = BrownianInterval(
+            to_dtype(0.0), to_dtype(t1), shape, jr.key(0), dt=to_dtype(dt)
+        )
+        return jax.lax.map(lambda ts: path.evaluate(*ts), ts)
+
+    jax.block_until_ready(run((times[:-1], times[1:])))
+    jax.effects_barrier()
+    assert len(draws) == num * (len(times) - 1)
+
+
+@pytest.mark.parametrize("dtype", (f64, jnp.float32), ids=lambda x: x.__name__)
+@pytest.mark.parametrize("levy_area", levy_areas)
+@pytest.mark.parametrize("grid", grids)
+def test_simple_queries_are_like_others(grid, levy_area, dtype, monkeypatch):
+    """Cells, parts of them, unions of them, all others, also a bit off: what they cost
+    does not change their values. In a batch of all of these, and one by one.
+    """
+    times = np.array(edges(grids[grid]))
+    cells = [*itertools.pairwise(times)]
+    parts = [
+        (a + (b - a) * k / n, a + (b - a) * (k + 1) / n)
+        for a, b in cells
+        if b - a > 0.1
+        for k, n in ((0, 2), (1, 2), (2, 4), (3, 4), (11, 32))
+    ]
+    unions = [(times[0], b) for b in times[2:]]
+    others = [(0.6, 0.7), (times[0], 0.8), (0.9, times[-1]), (1.1, 1.1), (0.9, 1.7)]
+    exact = np.array([*cells, *parts, *unions, *others])
+    eps = float(jnp.finfo(dtype).eps)
+    shifts = [
+        0,
+        *np.random.default_rng(0).uniform(-4 * eps, 4 * eps, (2, *exact.shape)),
+    ]
+    queries = np.concatenate([np.clip(exact + shift, t0, t1) for shift in shifts])
+    starts, ends = jnp.array(np.sort(queries, axis=1).T, dtype)
+
+    def evaluate(s, t):
+        path = BrownianInterval(
+            jnp.array(t0, dtype),
+            jnp.array(t1, dtype),
+            struct((3,), dtype),
+            jr.key(0),
+            levy_area=levy_areas[levy_area],
+            **{k: jnp.asarray(v, dtype) for k, v in grids[grid].items()},
+        )
+        return path.evaluate(s, t, use_levy=True)
+
+    in_map = lambda s, t: jax.lax.map(lambda ts: evaluate(*ts), (s, t))
+    one_by_one = jax.jit(in_map)(starts, ends)
+    in_batch = jax.jit(jax.vmap(evaluate))(starts, ends)
+    monkeypatch.setattr(refine, "interval_between", lambda ends, levels: jnp.int32(0))
+    jax.clear_caches()
+    general = jax.jit(in_map)(starts, ends)
+    jax.clear_caches()
+    close = partial(np.testing.assert_allclose, rtol=0, atol=20 * eps)
+    jtu.tree_map(close, one_by_one, general)
+    jtu.tree_map(close, in_batch, general)
 
 
 def test_vmap_over_keys_equals_a_loop():

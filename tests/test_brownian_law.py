@@ -25,18 +25,21 @@ levy_areas = [
     diffrax.SpaceTimeLevyArea,
     diffrax.SpaceTimeTimeLevyArea,
 ]
-# With a few queries that are unions of the cells of each.
+# With a few queries that are unions of the cells of each, or dyadic parts of them.
 grids = {
-    "uniform": (dict(dt=0.25), [(0.75, 1.0), (0.75, 1.5), (0.5, 2.5)]),
+    "uniform": (
+        dict(dt=0.25),
+        [(0.75, 1.0), (0.75, 1.5), (0.5, 2.5), (0.75, 0.875), (0.8125, 0.875)],
+    ),
     "uniform, does not divide": (
         dict(dt=0.7),
-        [(0.5, 1.2), (1.2, 0.5 + 4 / 3), (1.2, 2.5)],
+        [(0.5, 1.2), (1.2, 0.5 + 4 / 3), (1.2, 2.5), (0.85, 1.2), (0.85, 1.025)],
     ),
     "irregular": (
         dict(ts=jnp.array([0.5, 0.5001, 1.0, 1.1, 2.5])),
-        [(0.5, 0.5001), (0.5001, 1.0), (1.0, 2.5)],
+        [(0.5, 0.5001), (0.5001, 1.0), (1.0, 2.5), (1.1, 1.8), (1.8, 2.15)],
     ),
-    "none": (dict(), [(0.5, 2.5)]),
+    "none": (dict(), [(0.5, 2.5), (0.5, 1.5), (1.0, 1.5), (1.25, 1.375)]),
 }
 # Nested, overlapping, adjacent and distant; in a cell and across edges; ending on what
 # halves a cell and elsewhere; short and long. All are longer than the resolutions.

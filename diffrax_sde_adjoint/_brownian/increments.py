@@ -139,6 +139,28 @@ def reverse_if(pred: Bool[Array, ""], inc: Increment) -> Increment:
     return Increment(dt, jtu.tree_map(reverse_leaf, inc.components))
 
 
+def halve(
+    whole: Increment, numbers: PyTree[Array], is_right: Bool[Array, ""]
+) -> Increment:
+    """The left or the right half of an interval, given the interval and as many
+    standard normal numbers as there are components.
+    """
+
+    def halve_leaf(x, z):
+        z = at_least_single(z)
+        dtype = jnp.finfo(x.dtype).dtype
+        left, right = halves(len(x))
+        coefs = jnp.where(is_right, right, left).astype(dtype)
+        coefs = coefs * jnp.sqrt(whole.dt).astype(dtype)
+        mid = jnp.where(is_right, 0.75, 0.25).astype(dtype)
+        new = [sum(c * y for c, y in zip(row, z, strict=True)) for row in coefs]
+        mean = restrict(list(x), mid, 0.5)
+        return jnp.stack([x + y for x, y in zip(mean, new, strict=True)])
+
+    components = jtu.tree_map(halve_leaf, whole.components, numbers)
+    return Increment(whole.dt / 2, components)
+
+
 def embed(part: list[Any], mid: Any, width: Any) -> list[Any]:
     """What a part of an interval contributes to the components of the interval.
 

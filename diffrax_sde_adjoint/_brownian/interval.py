@@ -8,7 +8,8 @@ of ever smaller parts of the cell (`refine.py`). Nothing is stored, and every va
 be drawn again in any order.
 
 Here the path is defined, and the query of a whole cell, such as a step of a solve whose
-steps are the cells: it is one draw. All other queries are in `query.py`.
+steps are the cells: it is one draw. All other queries are in `query.py`: of several
+cells, of the intervals that halving a cell makes, and of anything else.
 """
 
 import operator
@@ -37,11 +38,12 @@ from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._errors import error_if, error_with_values_if
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
 from .increments import Increment, reverse_if
-from .query import any_query, draw_cell
+from .query import any_query, draw_cell, run_if
 
 
-# A time within this many units of rounding of an edge is that edge: steps are computed
-# in a few roundings, from either end of the interval.
+# A time within this many units of rounding of an edge, or of a point that halving a
+# cell makes, is that edge or point: steps are computed in a few roundings, from either
+# end of the interval.
 _ULPS = 2
 
 # The parts of a cell are counted in 32 bits.
@@ -73,9 +75,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     The interval `[t0, t1]` is cut into cells. A query of one cell is one draw of normal
     numbers: with cells that are the steps of a solve, this is the cost of each step,
-    forwards and again when the solve is undone. Any other query draws `levels + 2`
-    times as many numbers for each of its ends, and the cells it spans. Nothing is
-    stored.
+    forwards and again when the solve is undone. A query of several cells draws each of
+    them, and one of a half, quarter, ... of a cell draws once more for each halving.
+    Any other query draws `levels + 2` times as many numbers as a cell for each of its
+    ends, and the cells it spans. Nothing is stored.
 
     For given constructor arguments, `evaluate` is a pure function of its arguments. Up
     to rounding, it does not depend on the order of queries, on `jit` or `vmap`, on the
@@ -84,7 +87,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     that path, and the steps tried next are consistent with it.
 
     ```python
-    # Fixed steps: these are the cells.
+    # Fixed steps: these are the cells. So that step sizes can be compared on one path,
+    # steps may also be halves, quarters, ... or multiples of a cell.
     path = BrownianInterval(t0, t1, shape=(3,), key=key, dt=dt0)
     # Adaptive steps: `dt` should be about the size of the longer steps.
     path = BrownianInterval(
@@ -101,21 +105,24 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     2. *Exactness.* `W`, `H` and `K` have the exact joint law for all queries, as long
         as no two of their ends are different points of one leaf, the smallest part of a
         cell; and they always add up. An end that is within two units of rounding (of
-        the larger of `t0` and `t1`) of an edge of a cell counts as that edge. The same
-        is true of the tree above its tolerance. Below it, its `H` and `K` do not belong
-        to any path, and do not get smaller with the length of the query; here the path
-        is smooth there, and they do. torchsde's are exact, without `K`, but with
-        approximations of space-space Lévy area, which is not offered here.
+        the larger of `t0` and `t1`) of an edge of a cell counts as that edge, and near
+        a point that halving a cell makes, as that point, as long as these are at least
+        200 units apart. The same is true of the tree above its tolerance. Below it, its
+        `H` and `K` do not belong to any path, and do not get smaller with the length of
+        the query; here the path is smooth there, and they do. torchsde's are exact,
+        without `K`, but with approximations of space-space Lévy area, which is not
+        offered here.
     3. *Cost.* One draw for a step on the grid, where the tree is walked from its root
-        twice. Off the grid the cost does not depend on the place in a cell, and numbers
-        are drawn for the levels within a cell instead of all levels from the whole
-        interval to the tolerance. But a query that spans many cells draws each of them.
+        twice; two for half a step, three for a quarter. Elsewhere the cost does not
+        depend on the place in a cell, and numbers are drawn for the levels within a
+        cell instead of all levels from the whole interval to the tolerance. But a query
+        that spans many cells draws each of them.
     4. *Memory.* Nothing is stored, as in the tree. torchsde keeps what was drawn in a
         cache, which has to hold enough of the path to be fast.
     5. *Resolution.* `2**-levels` of a cell, so it is finer where cells are short. The
         tree has one tolerance for the whole interval. Places in a cell have twice the
-        precision of the times; what float32 limits is how far from an edge a time can
-        be told from it.
+        precision of the times; what float32 limits is how far from an edge, or a point
+        that halving makes, a time can be told from it.
     6. *Grids.* The cells can be the steps of a solve with fixed steps (`dt`) or given
         times (`ts`). Paths that are cut in different ways are different paths, even
         for the same key; so to compare step sizes on one path, keep its cells.
@@ -127,7 +134,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         [`diffrax.ConstantStepSize`][] makes `n = ceil((t1 - t0) / dt0)` steps, of equal
         length but for the first two, which meet at `t0 + dt0`. These are the cells. The
         steps of a solve backwards in time are the mirror image of this; so if `dt0`
-        does not divide the interval, they are not cells, and cost more than one draw.
+        does not divide the interval, they are not cells, and cost as any other query.
 
     !!! info "Derivatives"
 
@@ -304,8 +311,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     ) -> PyTree[Array]:
         """The increment of the path over `[t0, t1]`, and its Lévy areas.
 
-        Over a single cell this costs one draw; else `levels + 2` draws for each of both
-        ends, and one for each cell between the cells that they are in.
+        Over a single cell this costs one draw; over several whole cells, one for each;
+        over a half of a cell, a half of that, and so on, one for the cell and one for
+        each halving. Anything else costs `levels + 2` draws for each of both ends, and
+        one for each cell between the cells that they are in.
 
         **Arguments:**
 
@@ -321,7 +330,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         is negative.
 
         A time within two units of rounding, at the larger end of the interval of the
-        path, of the edge of a cell is that edge.
+        path, of the edge of a cell is that edge. So it is with the points that halving
+        a cell makes, as far down as these are at least 200 such units apart.
 
         **Returns:**
 
@@ -356,31 +366,36 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         # Below the length of a cell, such that no time is two edges.
         tol = jnp.minimum(_tolerance(start, end, dtypes), 0.25 * cells.shortest)
 
-        def evaluate():
-            left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
+        left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
+        edge = cells.nearest_edge(left)
+        from_edge = left - cells.edge(edge)
+        cell = jnp.where(from_edge >= -tol, edge, edge - 1)
+
+        def evaluate(drawn):
             is_within = (start - tol <= left) & (right <= end + tol)
             ts = error_with_values_if(
                 jnp.stack([left, right]), ~is_within, _bad_query, t0, t1, start, end
             )
             out = any_query(
-                self.key, cells, ts, tol, self.levels, self.shape, self._num
+                self.key,
+                cells,
+                cell,
+                drawn,
+                ts,
+                tol,
+                self.levels,
+                self.shape,
+                self._num,
             )
             return reverse_if(t0 > t1, out)
 
         if isinstance(cells, OneCell):
-            return self._to_diffrax(evaluate())
-        first = cells.nearest_edge(t0)
-        is_edge0 = jnp.abs(t0 - cells.edge(first)) <= tol
-        is_edge1 = jnp.abs(t1 - cells.edge(first + 1)) <= tol
-        is_cell = is_edge0 & is_edge1 & (first < cells.count) & (t0 < t1)
-        # A conditional in the form of a loop of at most one iteration: XLA runs it
-        # faster, and in a batch it is entered only if an element needs it.
-        _, out = lax.while_loop(
-            lambda val: val[0],
-            lambda val: (jnp.zeros_like(val[0]), evaluate()),
-            (~is_cell, draw_cell(self.key, cells, first, self.shape, self._num)),
-        )
-        return self._to_diffrax(out)
+            return self._to_diffrax(evaluate(None))
+        is_edge0 = jnp.abs(from_edge) <= tol
+        is_edge1 = jnp.abs(t1 - cells.edge(cell + 1)) <= tol
+        is_cell = is_edge0 & is_edge1 & (cell < cells.count) & (t0 < t1)
+        drawn = draw_cell(self.key, cells, cell, self.shape, self._num)
+        return self._to_diffrax(run_if(~is_cell, evaluate, drawn))
 
     @property
     def _num(self) -> int:
@@ -417,8 +432,9 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
 - `levels`: how often a cell is halved to find values inside it, from 0 to 29. The
     resolution of the path is the length of the cell over `2**levels`: below that the
     path is smooth, and the variances of increments are wrong, mostly too small. The
-    cost of a query that is not a single cell is proportional to this. Defaults to 10
-    with `dt` or `ts`, and to 20 with neither.
+    cost of a query is proportional to this, unless it is of whole cells or of an
+    interval that halving makes. Defaults to 10 with `dt` or `ts`, and to 20 with
+    neither.
 
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
@@ -542,6 +558,6 @@ def _time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
 def _tolerance(
     t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
 ) -> Float[Array, ""]:
-    """How far from an edge a time may be, if it was rounded in any of `dtypes`."""
+    """How far a time may be off, if it was rounded in any of `dtypes`."""
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     return _ULPS * eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1))

@@ -3,7 +3,16 @@
 A query joins the part that it covers of the cell it starts in, the cells between, and
 the part of the cell it ends in. If it starts and ends in the same cell, it is a part of
 that.
+
+A simple query is one of the intervals that halving a cell makes, which may be the cell
+itself, or several whole cells. It draws only what it is made of, one after the other:
+the cell and what is new at each halving, or the cells. Any other query draws what is
+around each of its ends, all at once (`refine.py`). Which of the two is used does not
+change values, but for rounding.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.lax as lax
@@ -11,12 +20,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from . import increments, refine
 from .cells import AbstractCells, OneCell
-from .draws import at_least_single, combine
+from .draws import at_least_single, combine, draw
 from .increments import Increment
+
+
+T = TypeVar("T")
 
 
 def draw_cell(
@@ -34,14 +46,89 @@ def draw_cell(
 def any_query(
     key: Key[Array, ""],
     cells: AbstractCells,
+    first_cell: Int[Array, ""],
+    drawn: Increment | None,
     ts: Float[Array, " ends=2"],
     tol: Float[Array, ""],
     levels: int,
     shape: PyTree[jax.ShapeDtypeStruct],
     num: int,
 ) -> Increment:
-    """From `ts[0]` to `ts[1]`, in which a time within `tol` of an edge is that edge."""
-    cell, ends = _locate(cells, ts, tol, levels)
+    """From `ts[0]`, in `first_cell`, to `ts[1]`. A time within `tol` of an edge, or of
+    a dyadic point of a cell, is that edge or point. `first_cell` may have been `drawn`.
+    """
+    cell, ends = _locate(cells, first_cell, ts, tol, levels)
+    interval = refine.interval_between(ends, levels)
+    is_simple = (interval == 1) | ((cell[0] == cell[1]) & (interval > 0))
+    draw_first = lambda: draw_cell(key, cells, cell[0], shape, num)
+
+    # In a batch, both are run for each element if any needs them. So that this takes no
+    # longer than for those, there are no cells to join for the others.
+    def join_until(stop, is_used, inc):
+        if isinstance(cells, OneCell):
+            return inc
+        join = lambda i, x: increments.join(x, draw_cell(key, cells, i, shape, num))
+        return lax.fori_loop(cell[0] + 1, jnp.where(is_used, stop, 0), join, inc)
+
+    def simple(inc):
+        inc = draw_first() if drawn is None else inc
+        inc = _halve_until(key, cell[0], interval, inc, shape, num)
+        return join_until(cell[1] + 1, is_simple, inc)
+
+    def general(_):
+        first, last = _parts(key, cells, cell, ends, levels, shape, num)
+        if isinstance(cells, OneCell):
+            return first
+        return increments.join(join_until(cell[1], ~is_simple, first), last)
+
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    inc = jtu.tree_map(zeros, jax.eval_shape(draw_first)) if drawn is None else drawn
+    inc = run_if(is_simple, simple, inc)
+    return run_if(~is_simple, general, inc)
+
+
+def run_if(pred: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
+    """`function(x)` if `pred`, else `x`.
+
+    This is a loop of at most one iteration: XLA runs it faster than a conditional, and
+    in a batch it is entered only if an element needs it.
+    """
+    body = lambda val: (jnp.zeros_like(val[0]), function(val[1]))
+    return lax.while_loop(lambda val: val[0], body, (pred, x))[1]
+
+
+def _halve_until(
+    key: Key[Array, ""],
+    cell: Int[Array, ""],
+    interval: Int[Array, ""],
+    inc: Increment,
+    shape: PyTree[jax.ShapeDtypeStruct],
+    num: int,
+) -> Increment:
+    """From a cell to the half that holds an interval, until this is the interval."""
+    depth = refine.depth(interval)
+
+    def halve(i, inc):
+        whole, half = interval >> (depth - i), interval >> (depth - i - 1)
+        of_inside = jr.fold_in(key, _inside(cell))
+        numbers = draw(jr.fold_in(of_inside, whole), shape, num)
+        return increments.halve(inc, numbers, half % 2 == 1)
+
+    return lax.fori_loop(0, depth, halve, inc)
+
+
+def _parts(
+    key: Key[Array, ""],
+    cells: AbstractCells,
+    cell: Int[Array, " ends=2"],
+    ends: refine.Point,
+    levels: int,
+    shape: PyTree[jax.ShapeDtypeStruct],
+    num: int,
+) -> tuple[Increment, Increment]:
+    """The parts of a query in the cells that it starts and ends in. If this is one
+    cell, then the second part is empty.
+    """
     in_one_cell = cell[0] == cell[1]
     widths, coefs = refine.coefficients(ends, in_one_cell, levels, num)
     lengths = at_least_single(cells.length(cell))
@@ -53,26 +140,17 @@ def any_query(
     first, last = (
         Increment(dt, x) for dt, x in zip(widths * lengths, around, strict=True)
     )
-
     components = jtu.tree_map(jnp.add, first.components, last.components)
     whole = Increment(first.dt, components)
-    if isinstance(cells, OneCell):
-        return whole
     select = lambda x, y: jnp.where(in_one_cell, x, y)
     first = jtu.tree_map(select, whole, first)
     last = jtu.tree_map(select, jtu.tree_map(jnp.zeros_like, last), last)
-    # The only loop: over the cells between, of which there are none most often.
-    first = lax.fori_loop(
-        cell[0] + 1,
-        cell[1],
-        lambda i, inc: increments.join(inc, draw_cell(key, cells, i, shape, num)),
-        first,
-    )
-    return increments.join(first, last)
+    return first, last
 
 
 def _locate(
     cells: AbstractCells,
+    first_cell: Int[Array, ""],
     ts: Float[Array, " ends=2"],
     tol: Float[Array, ""],
     levels: int,
@@ -81,21 +159,27 @@ def _locate(
     edge = cells.nearest_edge(ts)
     from_edge = ts - cells.edge(edge)
     is_edge = jnp.abs(from_edge) <= tol
-    # From an edge, a query starts in the cell after, and ends in the one before.
-    is_after = jnp.where(is_edge, np.array([True, False]), from_edge >= 0)
-    cell = jnp.where(is_after, edge, edge - 1)
-    # From an edge to itself, it would end before it starts.
-    cell = jnp.stack([cell[0], jnp.maximum(cell[0], cell[1])])
-    cell = jnp.clip(cell, 0, cells.count - 1)
+    first_cell = jnp.clip(first_cell, 0, cells.count - 1)
+    # At an edge, a query ends in the cell before; but not before it starts.
+    is_after = ~is_edge[1] & (from_edge[1] >= 0)
+    last_cell = jnp.where(is_after, edge[1], edge[1] - 1)
+    last_cell = jnp.clip(last_cell, first_cell, cells.count - 1)
+    cell = jnp.stack([first_cell, last_cell])
     # If XLA knows the number of cells, it multiplies by its rounded reciprocal instead
     # of dividing, and edges are off by a unit of rounding.
     unknown_cells = lax.optimization_barrier(cells)
     point = refine.locate(unknown_cells, cell, ts, levels)
+    point = refine.snap(point, cells.length(cell), tol, levels)
     dtype = point.place.dtype
     point_of_edge = refine.where(
         edge == cell, refine.start_of_cell(dtype), refine.end_of_cell(levels, dtype)
     )
     return cell, refine.where(is_edge, point_of_edge, point)
+
+
+def _inside(cell: Int[Array, "..."]) -> UInt32[Array, "..."]:
+    """What is folded in for the inside of a cell: more than for any cell as a whole."""
+    return cell.astype(jnp.uint32) + np.uint32(2**31)
 
 
 def _keys(
@@ -106,8 +190,7 @@ def _keys(
 ) -> list[Key[Array, " rows"]]:
     """For each end, the keys of its cell and of the intervals around it."""
     # What is folded in for cells as a whole is less than this.
-    data = jnp.stack([cell, cell]).astype(jnp.uint32)
-    data = data + np.array([[0], [2**31]], np.uint32)
+    data = jnp.stack([cell.astype(jnp.uint32), _inside(cell)])
     of_cell, of_inside = jax.vmap(jax.vmap(lambda x: jr.fold_in(key, x)))(data)
     fold_in_all = jax.vmap(jr.fold_in, in_axes=(None, 0))
     ids = refine.intervals_around(ends, levels)

@@ -21,6 +21,7 @@ in a cell of many levels.
 """
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -31,6 +32,12 @@ from .cells import AbstractCells
 from .draws import at_least_single
 from .increments import embed, halves, restrict, stds
 from .rounding import divide_differences
+
+
+# The points that halving makes and that times near them are taken for are at least this
+# many tolerances apart, so that few times are mistaken for one. As this is not a power
+# of two, which points these are is not up to rounding.
+_spacing = 100
 
 
 class Point(eqx.Module):
@@ -62,6 +69,44 @@ def locate(
     leaf = whole.astype(jnp.int32) + carry.astype(jnp.int32)
     place = jnp.where(leaf < 0, 0, jnp.where(leaf < num_leaves, place - carry, 1))
     return Point(jnp.clip(leaf, 0, num_leaves - 1), place)
+
+
+def snap(
+    point: Point, length: Float[Array, "..."], tol: Float[Array, ""], levels: int
+) -> Point:
+    """The dyadic point within `tol` of a point, in a cell of the given length; or, if
+    there is none, the point.
+    """
+    tol_in_leaves = at_least_single(tol / length) * 2**levels
+    # The dyadic points are a power of two leaves apart: the next one above this.
+    _, exponent = jnp.frexp(_spacing * tol_in_leaves)
+    shift = jnp.clip(exponent, 0, levels)
+    leaf = (point.leaf >> shift) << shift
+    start_of_leaf = lambda leaf: Point(leaf, jnp.zeros_like(point.place))
+    before, after = start_of_leaf(leaf), start_of_leaf(leaf + (1 << shift))
+    nearest = where(point - before < after - point, before, after)
+    # Cells meet at edges, which are not for one of them to tell.
+    is_inside = (nearest.leaf > 0) & (nearest.leaf < 2**levels)
+    is_near = is_inside & (jnp.abs(point - nearest) <= tol_in_leaves)
+    return where(is_near, nearest, point)
+
+
+def interval_between(ends: Point, levels: int) -> Int[Array, ""]:
+    """The number, as in `intervals_around`, of the interval between two points: one for
+    the whole cell, zero if halving never makes such an interval.
+    """
+    edge = jnp.where(ends.place == 1, ends.leaf + 1, ends.leaf)
+    is_edge = (ends.place == 0) | (ends.place == 1)
+    size = edge[1] - edge[0]
+    # A power of two that divides both ends.
+    is_interval = (size > 0) & ((size | edge[0]) & (size - 1) == 0)
+    interval = (edge[0] + 2**levels) >> lax.population_count(size - 1)
+    return jnp.where(jnp.all(is_edge) & is_interval, interval, 0)
+
+
+def depth(interval: Int[Array, ""]) -> Int[Array, ""]:
+    """How often a cell is halved to get to an interval."""
+    return 31 - lax.clz(interval)
 
 
 def where(pred: Bool[ArrayLike, "..."], x: Point, y: Point) -> Point:
