@@ -376,6 +376,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             ts = error_with_values_if(
                 jnp.stack([left, right]), ~is_within, _bad_query, t0, t1, start, end
             )
+            # XLA would move what does not depend on the loop out of it, and run it
+            # always.
+            ts, drawn = lax.optimization_barrier((ts, drawn))
             out = any_query(
                 self.key,
                 cells,

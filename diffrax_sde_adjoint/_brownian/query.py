@@ -75,8 +75,10 @@ def any_query(
         inc = _halve_until(key, cell[0], interval, inc, shape, num)
         return join_until(cell[1] + 1, is_simple, inc)
 
-    def general(_):
-        first, last = _parts(key, cells, cell, ends, levels, shape, num)
+    def general(inc):
+        # As in `interval.py`, not to be moved out of the loop.
+        here, at, _ = lax.optimization_barrier((cell, ends, inc))
+        first, last = _parts(key, cells, here, at, levels, shape, num)
         if isinstance(cells, OneCell):
             return first
         return increments.join(join_until(cell[1], ~is_simple, first), last)
