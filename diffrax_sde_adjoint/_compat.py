@@ -6,7 +6,7 @@ for; `tests/test_compat.py` checks what is assumed about each.
 """
 
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
@@ -16,7 +16,6 @@ import numpy as np
 # The annotations of diffrax's own interfaces. Methods that implement an interface of
 # diffrax have to accept just what diffrax's accept, and none of these names is public.
 from diffrax._custom_types import (
-    VF as VF,
     Args as Args,
     BoolScalarLike as BoolScalarLike,
     DenseInfo as DenseInfo,
@@ -61,6 +60,11 @@ from equinox.internal import (
     unvmap_any as unvmap_any,
     while_loop as while_loop,
 )
+
+
+# A vector field at a point. diffrax's own type is a PyTree of arrays, but an operator
+# may hold functions, as a `lineax.JacobianLinearOperator` does.
+VF: TypeAlias = Any
 
 
 def control_of_solver() -> Any:

@@ -38,7 +38,7 @@ class _Message(Sequence[str]):
 
     def __init__(self, template: str, num_values: int):
         self._template = template
-        self._values: Sequence[Any] = ["?"] * num_values
+        self._values = ["?"] * num_values
 
     def __len__(self) -> int:
         return 1
@@ -47,10 +47,10 @@ class _Message(Sequence[str]):
         del index
         return self._template.format(*self._values)
 
-    def note(self, pred: Bool[np.ndarray, "..."], *values: np.ndarray) -> np.ndarray:
+    def note(self, pred: ArrayLike, *values: ArrayLike) -> ArrayLike:
         """Takes the numbers of the first element of a batch that is in error."""
         first = np.argmax(np.ravel(pred))
-        self._values = [np.ravel(x)[first] for x in values]
+        self._values = [f"{np.ravel(x)[first]:.6g}" for x in values]
         return pred
 
 

@@ -65,14 +65,10 @@ def _are_alike(out: PyTree[Any], y: Y) -> bool:
 
 def _describe(tree: PyTree[Any]) -> str:
     is_operator = lambda x: isinstance(x, lx.AbstractLinearOperator)
-
-    def describe(x: Any) -> Any:
-        if is_operator(x):
-            return f"a `lineax.{type(x).__name__}`"
-        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-    tree = jtu.tree_map(describe, tree, is_leaf=is_operator)
-    return tree if isinstance(tree, str) else f"`{eqx.tree_pformat(tree, width=10**6)}`"
+    if is_operator(tree):
+        return f"a `lineax.{type(tree).__name__}`"
+    # With arrays as their types and shapes.
+    return f"`{eqx.tree_pformat(tree, width=10**6, struct_as_array=True)}`"
 
 
 def _wrong_structure(

@@ -77,7 +77,11 @@ class _Sensitivity(diffrax.AbstractTerm):
             )
             # Where nothing moves, there is `None`.
             return out, jtu.tree_map(
-                lambda x, dot_x: jnp.zeros_like(x) if dot_x is None else dot_x,
+                lambda x, dot_x: (
+                    jnp.zeros_like(x)
+                    if dot_x is None and eqx.is_inexact_array(x)
+                    else dot_x
+                ),
                 out,
                 dot_out,
             )
@@ -94,8 +98,11 @@ class _Sensitivity(diffrax.AbstractTerm):
 
     def prod(self, vf: VF, control: PyTree[Array]) -> _WithTangents:
         vf, dot_vf = vf
-        of_one = lambda dot_vf: self.term.prod(dot_vf, control)
-        return self.term.prod(vf, control), eqx.filter_vmap(of_one)(dot_vf)
+        product = lambda vf: self.term.prod(vf, control)
+        # Not the product with `dot_vf`: it is linear in what an operator does, but the
+        # operator need not be linear in its arrays.
+        of_one = lambda dot_vf: eqx.filter_jvp(product, (vf,), (dot_vf,))[1]
+        return product(vf), eqx.filter_vmap(of_one)(dot_vf)
 
     def vf_prod(
         self,

@@ -69,6 +69,11 @@ class Shift(eqx.Module):
         self, t: RealScalarLike, y: Y, args: Args, divergence: Divergence
     ) -> tuple[list[PyTree[Array]], Divergence | None]:
         """Also, if this is known, where the divergence would be infinite."""
+        if any(map(jnp.iscomplexobj, jtu.tree_leaves(y))):
+            raise ValueError(
+                "`path_kl` and `path_kl_of_shift` do not support complex states. Let "
+                "the state be a pair of its real and its imaginary part."
+            )
         if self.shift is not None:
             u = jtu.tree_map(jnp.asarray, self.shift(t, y, args))
             return ([u] if len(self.noises) == 1 else list(u)), None

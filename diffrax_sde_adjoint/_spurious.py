@@ -31,7 +31,7 @@ from ._tape import SolveState
 # Of OU processes, double wells, Heston, CIR and neural SDEs, those above had losses
 # that were off by a tenth and more, or gradients off by more than their size. Those far
 # below were about as accurate as with Heun's method.
-_tolerance = 0.05
+_tolerance = 0.04
 
 is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "

@@ -21,6 +21,7 @@ from helpers import keys, struct
 from diffrax_sde_adjoint import BrownianInterval
 from diffrax_sde_adjoint._brownian import draws as brownian_draws, refine
 from diffrax_sde_adjoint._brownian.query import draw_cell
+from diffrax_sde_adjoint._reversal import reverse_control
 
 
 f64 = jnp.float64
@@ -281,7 +282,8 @@ def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
     if backward:
         increments = -increments[::-1]
     i = jnp.arange(num, dtype=jnp.int32)
-    draw = lambda i: draw_cell(path.key, path._cells, i, path.shape, 1).components[0]
+    dt = path._cells.length
+    draw = lambda i: draw_cell(path.key, dt(i), i, path.shape, 1).components[0]
     cells = jax.vmap(draw)(i)
     tol = 100 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(increments, cells, rtol=0, atol=tol)
@@ -530,10 +532,8 @@ def test_bad_traced_arguments(bad, match):
 @pytest.mark.parametrize(
     "query",
     (
-        (1.0, 0.5),
-        (2.5, 0.5),
-        (0.9, 0.8),
         (0.0, 1.0),
+        (1.0, 0.0),
         (0.4999, 1.0),
         (0.5, 3.0),
         (0.7, 2.501),
@@ -546,12 +546,66 @@ def test_bad_traced_arguments(bad, match):
 @pytest.mark.parametrize("grid", grids.values(), ids=grids)
 def test_bad_queries(query, grid):
     path = make_path(jr.key(0), **grid)
-    with pytest.raises(RuntimeError, match="needs `t0 <= t1`, both in the interval"):
+    message = "was called from {:g} to {:g}, but the path is from 0.5 to 2.5"
+    with pytest.raises(RuntimeError, match=message.format(*query)):
         path.evaluate(*query)
-    with pytest.raises(RuntimeError, match="needs `t0 <= t1`, both in the interval"):
+    with pytest.raises(RuntimeError, match=message.format(*query)):
         eqx.filter_vmap(path.evaluate)(
             jnp.array([0.5, query[0]]), jnp.array([1.0, query[1]])
         )
+
+
+@pytest.mark.parametrize("levy_area", levy_areas.values(), ids=levy_areas)
+@pytest.mark.parametrize("grid", grids.values(), ids=grids)
+def test_from_right_to_left(grid, levy_area):
+    """As a solver goes through it, see `_reversal.py`."""
+    path = make_path(jr.key(0), levy_area=levy_area, **grid)
+    for query in ((0.5, 0.75), (0.6, 1.7), (1.0, 1.0)):
+        expected = reverse_control(path.evaluate(*query, use_levy=True))
+        actual = path.evaluate(*query[::-1], use_levy=True)
+        assert eqx.tree_equal(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_complex_levy_areas():
+    dtype = jnp.complex128
+    path = make_path(
+        jr.key(0), struct((2,), dtype), dt=0.25, levy_area=diffrax.SpaceTimeTimeLevyArea
+    )
+    whole = path.evaluate(0.5, 1.5, use_levy=True)
+    parts = [path.evaluate(*x) for x in ((0.5, 0.7), (0.7, 1.0), (1.0, 1.5))]
+    np.testing.assert_allclose(whole.W, sum(parts), rtol=1e-12)
+    assert whole.H.dtype == whole.K.dtype == dtype
+
+
+def test_tolerance_of_a_tree():
+    with pytest.raises(ValueError, match=r"has no `tol`.*by `levels`.* `dt=dt0`"):
+        BrownianInterval(0.0, 1.0, (), jr.key(0), tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "solver,levy_area,needed",
+    [
+        (diffrax.SPaRK(), "BrownianIncrement", "SpaceTimeLevyArea"),
+        (diffrax.ShARK(), "BrownianIncrement", "SpaceTimeLevyArea"),
+        (diffrax.SPaRK(), "SpaceTimeTimeLevyArea", None),
+        (diffrax.Heun(), "BrownianIncrement", None),
+    ],
+    ids=str,
+)
+def test_levy_area_of_a_solver(solver, levy_area, needed):
+    area = getattr(diffrax, levy_area)
+    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.5, levy_area=area)
+    noise = diffrax.ControlTerm(lambda t, y, args: jnp.array(1.0), path)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: -y), noise)
+    solve = lambda: diffrax.diffeqsolve(terms, solver, 0.0, 1.0, 0.5, jnp.array(1.0))
+    if needed is None:
+        solve()
+        return
+    match = f"made with `levy_area=diffrax.{levy_area}`. Pass .*diffrax.{needed}"
+    with pytest.raises(ValueError, match=match):
+        solve()
+    # Whoever asks for all that there is gets it.
+    assert isinstance(path.evaluate(0.0, 0.5, use_levy=True), area)
 
 
 def test_derivatives_are_errors():

@@ -20,7 +20,7 @@ def names(function) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ("Args", "BoolScalarLike", "DenseInfo", "RealScalarLike", "VF", "Y")
+    "name", ("Args", "BoolScalarLike", "DenseInfo", "RealScalarLike", "Y")
 )
 def test_annotations(name):
     step = diffrax.AbstractSolver.step.__annotations__
@@ -158,3 +158,70 @@ def test_nondifferentiable():
         with pytest.raises(RuntimeError, match="the name"):
             jax.grad(lambda x, f=function: f(x, name="the name"))(1.0)
             pytest.fail(f"equinox's {message} no longer raises.")
+
+
+def test_control_of_solver():
+    asked = []
+
+    class Path(diffrax.AbstractPath):
+        t0: float = 0.0
+        t1: float = 1.0
+
+        def evaluate(self, t0, t1=None, left=True, use_levy=False):
+            if use_levy:
+                asked.append(compat.control_of_solver())
+            raise ZeroDivisionError
+
+    term = lambda control: diffrax.ControlTerm(lambda t, y, args: y, control)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: y), term(Path()))
+    with pytest.raises(ZeroDivisionError):
+        diffrax.diffeqsolve(terms, diffrax.SPaRK(), 0.0, 1.0, 0.1, jnp.array(1.0))
+    assert asked == [diffrax.AbstractSpaceTimeLevyArea], (
+        "diffrax's check of terms, in `_integrate._assert_term_compatible`, no longer "
+        "asks for a control in a function `_check` with a variable "
+        "`control_type_expected`."
+    )
+    assert compat.control_of_solver() is None
+
+
+def test_known_value():
+    found = []
+
+    class Adjoint(diffrax.AbstractAdjoint):
+        def loop(self, *, t0, t1, dt0, terms, **kwargs):
+            found.append(
+                [compat.known_value(x) for x in (t0, t1, dt0, terms.direction)]
+            )
+            raise ZeroDivisionError
+
+    def solve(t0, t1, dt0):
+        term = diffrax.ODETerm(lambda t, y, args: y)
+        diffrax.diffeqsolve(
+            term, diffrax.Euler(), t0, t1, dt0, jnp.array(1.0), adjoint=Adjoint()
+        )
+
+    for fn in (solve, lambda *times: jax.jit(lambda: solve(*times))()):
+        with pytest.raises(ZeroDivisionError):
+            fn(1.0, 0, -0.25)
+        with pytest.raises(ZeroDivisionError):
+            fn(0.0, jnp.array(1.0), 0.25)
+    known, unknown, *_ = found
+    assert known == [-1, 0, 0.25, -1], (
+        "JAX no longer keeps what a traced array was computed from as its `parent`, "
+        "with `in_tracers`, `primitive`, `params` and `outvars`."
+    )
+    assert unknown[1] is None
+
+
+def test_unvmap_any():
+    fn = lambda x: (x, compat.unvmap_any(x))
+    _, out = jax.vmap(fn, out_axes=(0, None))(jnp.array([False, True]))
+    assert out.shape == () and out, (
+        "equinox's `internal.unvmap_any` is no longer whether any of a batch is true."
+    )
+
+
+def test_direction():
+    assert "direction" in {x.name for x in dataclasses.fields(compat.WrapTerm)}, (
+        "diffrax's `_term.WrapTerm` no longer has a field `direction`."
+    )

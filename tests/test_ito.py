@@ -12,7 +12,9 @@ import pytest
 from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
 
 from diffrax_sde_adjoint import (
+    EES25,
     BrownianInterval,
+    Reversible,
     ReversibleHeun,
     StochasticAdjoint,
     ito_to_stratonovich,
@@ -193,3 +195,35 @@ def test_errors():
         )
         with pytest.raises(ValueError, match="noise is additive"):
             convert(langevin)
+
+
+def test_solver_of_the_other_kind():
+    """Converted terms are for solvers that converge to the other solution."""
+    path = make_path((), dt=0.1)
+    terms = make_terms(lambda t, y, args: y, lambda t, y, args: 0.5 * y, path)
+
+    def solve(terms, solver, adjoint=None):
+        adjoint = adjoint or StochasticAdjoint()
+        return diffrax.diffeqsolve(
+            terms, solver, 0.0, 1.0, 0.1, jnp.array(1.0), adjoint=adjoint
+        )
+
+    stratonovich, ito = ito_to_stratonovich(terms), stratonovich_to_ito(terms)
+    of_ito_solver = "from `ito_to_stratonovich`, and are for a solver that converges to"
+    for solver in (diffrax.Euler(), diffrax.HalfSolver(diffrax.Euler())):
+        with pytest.raises(ValueError, match=of_ito_solver):
+            solve(stratonovich, solver)
+        solve(ito, solver)
+    for solver in (diffrax.Heun(), diffrax.ReversibleHeun()):
+        with pytest.raises(ValueError, match="from `stratonovich_to_ito`, and are for"):
+            solve(ito, solver)
+        solve(stratonovich, solver)
+    # Ours are with any adjoint.
+    for solver in (ReversibleHeun(), EES25(), Reversible(diffrax.Heun())):
+        with pytest.raises(ValueError, match="from `stratonovich_to_ito`, and are for"):
+            solve(ito, solver, diffrax.RecursiveCheckpointAdjoint())
+    # It is the last conversion that counts.
+    there_and_back = stratonovich_to_ito(stratonovich)
+    solve(there_and_back, diffrax.Euler())
+    with pytest.raises(ValueError, match="from `stratonovich_to_ito`"):
+        solve(there_and_back, diffrax.Heun())

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import pytest
 from helpers import make_system, make_terms, noise_shapes, relative_error, struct
 
@@ -169,3 +170,35 @@ def test_errors():
         run((y0, dot_y0), (args, wrong))
     with pytest.raises(ValueError, match="must be a term"):
         forward_sensitivity((terms,))  # pyright: ignore
+
+
+operators = {
+    "product": lambda y: (
+        lx.DiagonalLinearOperator(1 + 0.5 * jnp.cos(y))
+        @ lx.MatrixLinearOperator(jnp.stack([jnp.cos(y), jnp.sin(y)], axis=-1))
+    ),
+    "function": lambda y: lx.FunctionLinearOperator(
+        lambda x: jnp.cos(y) * x, struct((2,), jnp.float64)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", operators)
+def test_operators_that_are_not_linear_in_their_arrays(name):
+    """Also for a solver that takes vector field and product apart."""
+    path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.1)
+    terms = make_terms(
+        lambda t, y, args: -y, lambda t, y, args: operators[name](y), path
+    )
+    y0, dot_y0 = jnp.array([0.6, -0.3]), jnp.eye(2)
+
+    def solve(terms, y0, args, **kwargs):
+        return diffrax.diffeqsolve(
+            terms, ReversibleHeun(), 0.0, 1.0, 0.1, y0, args, **kwargs
+        ).ys
+
+    _, actual = solve(forward_sensitivity(terms), (y0, dot_y0), (None, None))
+    expected = jax.jacfwd(
+        lambda y0: solve(terms, y0, None, adjoint=diffrax.ForwardMode())[-1]
+    )(y0)
+    assert relative_error(actual[-1], expected.T) < 1e-13

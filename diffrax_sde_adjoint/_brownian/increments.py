@@ -114,7 +114,7 @@ def join(left: Increment, right: Increment) -> Increment:
     def join_leaf(x, y):
         if len(x) == 1:
             return x + y
-        a = fraction.astype(jnp.finfo(x.dtype).dtype)
+        a = fraction.astype(x.dtype)
         contributions = zip(
             embed(list(x), a / 2, a), embed(list(y), (1 + a) / 2, 1 - a), strict=True
         )
@@ -148,7 +148,7 @@ def halve(
 
     def halve_leaf(x, z):
         z = at_least_single(z)
-        dtype = jnp.finfo(x.dtype).dtype
+        dtype = x.dtype
         left, right = halves(len(x))
         coefs = jnp.where(is_right, right, left).astype(dtype)
         coefs = coefs * jnp.sqrt(whole.dt).astype(dtype)

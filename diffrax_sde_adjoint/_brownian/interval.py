@@ -218,7 +218,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             | diffrax.SpaceTimeTimeLevyArea
         ] = diffrax.BrownianIncrement,
         levels: int | None = None,
-        tol: None = None,
+        tol: Any = None,
     ):
         if tol is not None:
             raise ValueError(
@@ -397,8 +397,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         is_edge0 = jnp.abs(from_edge) <= tol
         is_edge1 = jnp.abs(t1 - cells.edge(cell + 1)) <= tol
         is_cell = is_edge0 & is_edge1 & (cell < cells.count) & (t0 < t1)
-        drawn = draw_cell(self.key, cells, cell, self.shape, self._num)
-        return self._to_diffrax(run_if(~is_cell, evaluate, drawn))
+        # In a batch, these are the steps of an element that is at its end.
+        is_empty = (t0 == t1) & (start - tol <= t0) & (t0 <= end + tol)
+        dt = jnp.where(is_empty, 0, cells.length(cell))
+        drawn = draw_cell(self.key, dt, cell, self.shape, self._num)
+        return self._to_diffrax(run_if(~(is_cell | is_empty), evaluate, drawn))
 
     @property
     def _num(self) -> int:

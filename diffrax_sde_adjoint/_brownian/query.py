@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from . import increments, refine
 from .cells import AbstractCells, OneCell
-from .draws import at_least_single, combine, draw
+from .draws import at_least_single, combine, draw as draw_normal
 from .increments import Increment
 
 
@@ -33,14 +33,13 @@ T = TypeVar("T")
 
 def draw_cell(
     key: Key[Array, ""],
-    cells: AbstractCells,
+    dt: Float[Array, ""],
     i: Int[Array, ""],
     shape: PyTree[jax.ShapeDtypeStruct],
     num: int,
 ) -> Increment:
-    """Cell `i` as a whole."""
-    dt = at_least_single(cells.length(i))
-    return increments.sample(jr.fold_in(key, i), dt, shape, num)
+    """Cell `i` as a whole, of length `dt`."""
+    return increments.sample(jr.fold_in(key, i), at_least_single(dt), shape, num)
 
 
 def any_query(
@@ -60,18 +59,18 @@ def any_query(
     cell, ends = _locate(cells, first_cell, ts, tol, levels)
     interval = refine.interval_between(ends, levels)
     is_simple = (interval == 1) | ((cell[0] == cell[1]) & (interval > 0))
-    draw_first = lambda: draw_cell(key, cells, cell[0], shape, num)
+    draw = lambda i: draw_cell(key, cells.length(i), i, shape, num)
 
     # In a batch, both are run for each element if any needs them. So that this takes no
     # longer than for those, there are no cells to join for the others.
     def join_until(stop, is_used, inc):
         if isinstance(cells, OneCell):
             return inc
-        join = lambda i, x: increments.join(x, draw_cell(key, cells, i, shape, num))
+        join = lambda i, x: increments.join(x, draw(i))
         return lax.fori_loop(cell[0] + 1, jnp.where(is_used, stop, 0), join, inc)
 
     def simple(inc):
-        inc = draw_first() if drawn is None else inc
+        inc = draw(cell[0]) if drawn is None else inc
         inc = _halve_until(key, cell[0], interval, inc, shape, num)
         return join_until(cell[1] + 1, is_simple, inc)
 
@@ -84,7 +83,7 @@ def any_query(
         return increments.join(join_until(cell[1], ~is_simple, first), last)
 
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-    inc = jtu.tree_map(zeros, jax.eval_shape(draw_first)) if drawn is None else drawn
+    inc = jtu.tree_map(zeros, jax.eval_shape(draw, cell[0])) if drawn is None else drawn
     inc = run_if(is_simple, simple, inc)
     return run_if(~is_simple, general, inc)
 
@@ -113,7 +112,7 @@ def _halve_until(
     def halve(i, inc):
         whole, half = interval >> (depth - i), interval >> (depth - i - 1)
         of_inside = jr.fold_in(key, _inside(cell))
-        numbers = draw(jr.fold_in(of_inside, whole), shape, num)
+        numbers = draw_normal(jr.fold_in(of_inside, whole), shape, num)
         return increments.halve(inc, numbers, half % 2 == 1)
 
     return lax.fori_loop(0, depth, halve, inc)

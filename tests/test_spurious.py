@@ -1,0 +1,257 @@
+"""Solves on which reversible Heun is unstable are told from those where it is not."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import pytest
+from helpers import keys, make_terms
+
+from diffrax_sde_adjoint import (
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+    ito_to_stratonovich,
+)
+
+
+def diagonal(fn):
+    return lambda t, y, p: lx.DiagonalLinearOperator(fn(y, p))
+
+
+def heston_drift(t, y, p):
+    variance = jnp.maximum(y[1], 1e-4)
+    return jnp.stack([-0.5 * variance, 2.0 * (0.04 - variance)])
+
+
+def heston_diffusion(t, y, p):
+    root = jnp.sqrt(jnp.maximum(y[1], 1e-4))
+    correlated = p * root * jnp.array([-0.7, 0.51**0.5])
+    return jnp.stack([jnp.stack([root, jnp.zeros_like(root)]), correlated])
+
+
+def net(key, num, width=8):
+    key0, key1 = jr.split(jr.key(key))
+    first = jr.normal(key0, (width, num)) / num**0.5
+    last = jr.normal(key1, (num, width)) / width**0.5
+    return lambda y: last @ jnp.tanh(first @ y)
+
+
+drift_net, diffusion_net = net(0, 4), net(1, 4)
+call = lambda y: jnp.maximum(jnp.exp(y[0]) - 1, 0)
+square = lambda y: jnp.sum(y**2)
+heston = (heston_drift, heston_diffusion, (2,), jnp.array([0.0, 0.04]))
+ou = (
+    lambda t, y, p: -p * y,
+    diagonal(lambda y, p: 0.5 + 0 * y),
+    (1,),
+    jnp.array([1.0]),
+)
+wells = (
+    lambda t, y, p: p * (y - y**3),
+    diagonal(lambda y, p: 0.5 + 0 * y),
+    (1,),
+    jnp.array([0.5]),
+)
+waves = (
+    lambda t, y, p: jnp.sin(3 * y),
+    diagonal(lambda y, p: p * jnp.cos(y)),
+    (1,),
+    jnp.array([0.5]),
+)
+# Drift, diffusion, shape of the noise and `y0`; the parameter; the loss; the time, and
+# the number of steps. Those of Heston are in the sense of Itô.
+bad = {
+    "OU, rate times length 16": (ou, 1.0, square, 16.0, 1600),
+    "OU, rate times length 15, shorter": (ou, 5.0, square, 3.0, 300),
+    "OU about 1000": (
+        (
+            lambda t, y, p: -p * (y - 1000),
+            diagonal(lambda y, p: 0.5 + 0 * y),
+            (1,),
+            jnp.array([1001.0]),
+        ),
+        8.0,
+        square,
+        2.0,
+        200,
+    ),
+    "drift with several zeros": (waves, 0.3, square, 3.0, 300),
+    "double well": (wells, 1.0, square, 3.5, 350),
+    "Heston": (heston, 0.3, call, 1.0, 100),
+    "Heston, very volatile": (heston, 0.5, call, 1.0, 100),
+}
+good = {
+    "OU": (ou, 1.0, square, 8.0, 800),
+    "double well": (wells, 1.0, square, 1.0, 100),
+    "drift with several zeros": (waves, 0.3, square, 1.0, 100),
+    "Heston, less volatile": (heston, 0.1, call, 1.0, 100),
+    "geometric Brownian motion": (
+        (
+            lambda t, y, p: 0.1 * y,
+            diagonal(lambda y, p: p * y),
+            (1,),
+            jnp.array([1.0]),
+        ),
+        0.5,
+        square,
+        2.0,
+        40,
+    ),
+    "oscillator": (
+        (
+            lambda t, y, p: p * jnp.stack([y[1], -y[0]]),
+            diagonal(lambda y, p: 0.1 + 0 * y),
+            (2,),
+            jnp.array([1.0, 0.0]),
+        ),
+        3.0,
+        square,
+        5.0,
+        500,
+    ),
+    "networks": (
+        (
+            lambda t, y, p: p * drift_net(y),
+            diagonal(lambda y, p: 0.5 * jnp.tanh(diffusion_net(y))),
+            (4,),
+            jnp.array([0.5, -1.0, 0.3, 0.0]),
+        ),
+        1.0,
+        square,
+        3.0,
+        60,
+    ),
+    "a solution that does not move": (
+        (
+            lambda t, y, p: 0 * p * y,
+            diagonal(lambda y, p: 0 * y),
+            (1,),
+            jnp.array([1.0]),
+        ),
+        1.0,
+        square,
+        1.0,
+        100,
+    ),
+}
+
+
+def gradient(case, solver, adjoint, *, num_paths=200, throw=True, dtype=jnp.float64):
+    (drift, diffusion, shape, y0), parameter, loss, t1, num_steps = case
+    t0, t1 = jnp.zeros((), dtype), jnp.array(t1, dtype)
+    dt = t1 / num_steps
+
+    def solve(p, key):
+        noise = jax.ShapeDtypeStruct(shape, dtype)
+        path = BrownianInterval(t0, t1, noise, key, dt=dt)
+        terms = make_terms(drift, diffusion, path)
+        if diffusion is heston_diffusion:
+            terms = ito_to_stratonovich(terms)
+        y = diffrax.diffeqsolve(
+            terms,
+            solver,
+            t0,
+            t1,
+            dt,
+            y0.astype(dtype),
+            p,
+            adjoint=adjoint,
+            throw=throw,
+            max_steps=num_steps,
+        ).ys[-1]
+        return loss(y)
+
+    def mean(p):
+        return jnp.mean(jax.vmap(solve, (None, 0))(p, keys(num_paths)))
+
+    return jax.jit(jax.grad(mean))(jnp.array(parameter, dtype))
+
+
+def raises():
+    return pytest.raises(RuntimeError, match="`ReversibleHeun` is not stable on this")
+
+
+def slow_but(names, *quick):
+    slow = lambda name: () if name in quick else pytest.mark.slow
+    return [pytest.param(name, marks=slow(name)) for name in names]
+
+
+@pytest.mark.parametrize("checkpoint_every", (None, 10))
+@pytest.mark.parametrize(
+    "name", slow_but(bad, "OU, rate times length 16", "OU about 1000", "Heston")
+)
+def test_unstable(name, checkpoint_every):
+    """Also where states that are kept make the way back exact."""
+    adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
+    with raises():
+        gradient(bad[name], ReversibleHeun(), adjoint)
+
+
+def test_without_an_error():
+    adjoint = StochasticAdjoint(checkpoint_every=10)
+    out = gradient(bad["Heston"], ReversibleHeun(), adjoint, throw=False)
+    assert jnp.isnan(out)
+
+
+@pytest.mark.slow
+def test_wrong_gradient():
+    """What the error keeps a user from: a derivative of the wrong sign."""
+    case, default = bad["Heston"], diffrax.RecursiveCheckpointAdjoint()
+    wrong = gradient(case, ReversibleHeun(), default, num_paths=2000)
+    right = gradient(case, diffrax.Heun(), StochasticAdjoint(), num_paths=2000)
+    assert right < 0 < wrong
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(good, "OU", "networks", "a solution that does not move")
+)
+def test_stable(name):
+    """As accurate as Heun's method."""
+    ours = gradient(good[name], ReversibleHeun(), StochasticAdjoint())
+    expected = gradient(good[name], diffrax.Heun(), StochasticAdjoint())
+    np.testing.assert_allclose(ours, expected, rtol=0.1)
+
+
+@pytest.mark.slow
+def test_rounding():
+    """Is no sign of instability."""
+    case = (ou, 0.5, square, 5.0, 10_000)
+    solve = lambda dtype: gradient(
+        case,
+        ReversibleHeun(),
+        StochasticAdjoint(checkpoint_every=200),
+        num_paths=2,
+        dtype=dtype,
+    )
+    assert jnp.isfinite(solve(jnp.float32))
+
+
+def test_each_element_of_a_batch():
+    """The elements of a batch are judged together, whichever is outside: `jax.vmap` or
+    `jax.grad`.
+    """
+    t1, dt = 3.0, 0.01
+
+    def loss(rate, key):
+        path = BrownianInterval(0.0, t1, (), key, dt=dt)
+        terms = make_terms(
+            lambda t, y, args: -rate * y, lambda t, y, args: jnp.array(0.5), path
+        )
+        adjoint = StochasticAdjoint(checkpoint_every=10)
+        y0 = jnp.array(1.0)
+        sol = diffrax.diffeqsolve(
+            terms, ReversibleHeun(), 0.0, t1, dt, y0, adjoint=adjoint, max_steps=300
+        )
+        return sol.ys[-1] ** 2
+
+    of_each = jax.jit(jax.vmap(jax.grad(loss)))
+    total = lambda rates: jnp.sum(jax.vmap(loss)(rates, keys(4)))
+    rates = jnp.array([0.5, 0.5, 0.5, 6.0])
+    with raises():
+        of_each(rates, keys(4))
+    with raises():
+        jax.jit(jax.grad(total))(rates)
+    assert jnp.all(jnp.isfinite(of_each(jnp.full(4, 0.5), keys(4))))
