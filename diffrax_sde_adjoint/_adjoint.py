@@ -68,10 +68,11 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
     - *Undoing its steps*, with a solver for which this is possible: any
         [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
-        [`diffrax_sde_adjoint.ReversibleHeun`][]. Memory does not grow with the number
-        of steps, except for the time of each of `max_steps` (4 bytes in float32, twice
-        that if there can be jumps). Going back through a step costs undoing it and one
-        VJP of it. For convenience, [`diffrax.ReversibleHeun`][] is replaced by ours.
+        [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs. Memory does not
+        grow with the number of steps, except for the time of each of `max_steps` (4
+        bytes in float32, twice that if there can be jumps). Going back through a step
+        costs undoing it and one VJP of it. For convenience,
+        [`diffrax.ReversibleHeun`][] is replaced by ours.
     - *Making its steps again*, with any other solver. The forward solve keeps its state
         every `checkpoint_every` steps; from there the steps in between are made again,
         and their states kept for as long as they are needed. This holds
@@ -91,7 +92,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     the size of the outputs times their cotangents), then this is an error; or, with
     `diffeqsolve(..., throw=False)`, the gradient is NaN. With `checkpoint_every`, this
     starts anew from every state that was kept. Near-exact solvers, such as
-    [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too.
+    [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too. Likewise it is
+    an error if [`diffrax_sde_adjoint.ReversibleHeun`][] is not stable on a solve, so
+    that its loss is wrong by more than 4% of how far the solution moves times the
+    cotangents, both summed over all elements of a batch (34% without a batch).
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
@@ -108,6 +112,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
         The following raise an error:
 
+        - terms whose product of vector field and control is not of the structure of
+            the solution;
+        - terms that were converted for solvers of the other kind (Itô, Stratonovich);
         - differentiating a solve in forward mode, for which there is
             [`diffrax.ForwardMode`][];
         - differentiating a gradient in reverse mode, for which there is

@@ -110,10 +110,12 @@ class Backward(eqx.Module):
         others = (
             [ys for ys, _, is_y in saved_ys if not is_y],
             get_dense_infos(final_state),
+            final_state.solver_state,
         )
         grad_others = (
             [grad for _, grad, is_y in saved_ys if not is_y],
             get_dense_infos(grad_final_state),
+            grad_final_state.solver_state,
         )
         if tape.largest_change is None:
             spurious = None
@@ -177,8 +179,8 @@ class Backward(eqx.Module):
         drifted = start.drift.is_too_large()
         is_wrong = failed | drifted
         if start.spurious is not None:
-            unstable = start.spurious.is_too_large()
-            is_wrong = is_wrong | unstable
+            unstable, is_unstable_here = start.spurious.is_too_large()
+            is_wrong = is_wrong | is_unstable_here
         if self.throw:
             grads = (grad_shared, grad_own)
             grads = start.result.error_if(grads, failed)

@@ -6,6 +6,7 @@ for; `tests/test_compat.py` checks what is assumed about each.
 """
 
 import inspect
+import logging
 from typing import Any, TypeAlias
 
 import jax
@@ -47,6 +48,9 @@ from diffrax._saveat import save_y as save_y
 # What `diffeqsolve` puts around every term, to look for the term inside.
 from diffrax._term import WrapTerm as WrapTerm
 
+# What equinox raises in a callback of JAX, to recognise it in JAX's log of these.
+from equinox._errors import _EquinoxRuntimeError as _EquinoxRuntimeError
+
 # `nondifferentiable` and `nondifferentiable_backward` turn a derivative that would be
 # wrong into an error that names its cause; `while_loop` is the loop that diffrax's
 # integration takes as an argument, and the only one that writes buffers in place;
@@ -61,6 +65,8 @@ from equinox.internal import (
     while_loop as while_loop,
 )
 
+
+callback_log = logging.getLogger("jax._src.callback")
 
 # A vector field at a point. diffrax's own type is a PyTree of arrays, but an operator
 # may hold functions, as a `lineax.JacobianLinearOperator` does.

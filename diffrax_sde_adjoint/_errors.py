@@ -11,7 +11,7 @@ import jax.lax as lax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ._compat import unvmap_any
+from ._compat import _EquinoxRuntimeError, callback_log, unvmap_any
 
 
 _T = TypeVar("_T", bound=PyTree)
@@ -79,10 +79,9 @@ def error_with_values_if(
 
 def _is_new(record: logging.LogRecord) -> bool:
     """Whether this tells of anything but an error that is about to be raised."""
-    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    return type(error).__module__ != "equinox._errors"
+    return not (record.exc_info and record.exc_info[0] is _EquinoxRuntimeError)
 
 
 # JAX logs an error in a callback, with its traceback, and then raises it with the same
 # traceback. `equinox.filter_jit` keeps the first of the two out as well.
-logging.getLogger("jax._src.callback").addFilter(_is_new)
+callback_log.addFilter(_is_new)

@@ -137,7 +137,10 @@ class _AugmentedDiffusion(eqx.Module):
         leaves, treedef = jtu.tree_flatten(struct)
         # Not itself: solvers for additive noise look for the state in what this is.
         like = jnp.zeros_like(divergence)
-        return _Augmented(self.noise, vf, form, like, tuple(leaves), treedef)
+        # All that a product needs of the term. An operator is to consist of arrays.
+        parts = lambda term: (term.vector_field, term.control)
+        term = eqx.tree_at(parts, self.noise, (None, None))
+        return _Augmented(term, vf, form, like, tuple(leaves), treedef)
 
 
 def path_kl(

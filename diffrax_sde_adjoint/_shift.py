@@ -31,7 +31,7 @@ class Rate(eqx.Module):
     term: diffrax.ODETerm
 
     def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
-        return self.term.vf_prod(t, y, args, 1.0)
+        return self.term.vf_prod(t, y, args, 1)
 
 
 def sum_like(tree: PyTree[Array], divergence: Divergence) -> Divergence:

@@ -94,6 +94,7 @@ def test_no_gradient_for_each_element():
         1.0,
         struct((), jnp.float64),
         jr.key(0),
+        dt=0.1,
         levy_area=diffrax.SpaceTimeLevyArea,
     )
 

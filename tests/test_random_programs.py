@@ -6,10 +6,13 @@ says why.
 import dataclasses
 import random
 
+import diffrax
 import jax.numpy as jnp
 import pytest
-from programs import Program, assert_equal, ours, takes_any_terms, theirs
+from programs import Program, assert_equal, ours, solvers, takes_any_terms, theirs
 from test_adjoint_cases import with_levy_area
+
+from diffrax_sde_adjoint._solver import is_kind
 
 
 _for_any_noise = (
@@ -115,19 +118,15 @@ def draw(seed: int) -> Program:
 
     can_have_two = has_noise and not is_srk
     num_noises = unusual(0.2, (2,), 1) if can_have_two else 1
-    conversions = [None]
-    if noise not in ("function operator", "Jacobian operator"):
-        # The derivative of the function is not to be had from its operator.
-        conversions += ["forward_sensitivity"]
+    conversions = [None, "forward_sensitivity"]
     if has_noise and (num_noises == 1 or takes_any_terms(solver)):
         # With the whole logarithm, noise is not additive.
         senses = ("", ", ito", ", stratonovich")
         senses = ("",) if solver in _for_additive_noise else senses
         elementwise = ("", ", elementwise") if noise == "diagonal" else ("",)
-        conversions += [
-            f"ito_to_stratonovich{choose(elementwise)}",
-            f"stratonovich_to_ito{choose(elementwise)}",
-        ]
+        is_ito = is_kind(solvers[solver], diffrax.AbstractItoSolver)
+        convert = "stratonovich_to_ito" if is_ito else "ito_to_stratonovich"
+        conversions += [f"{convert}{choose(elementwise)}"]
         if state != "complex":
             conversions += [
                 f"path_kl{choose(senses)}",
@@ -187,6 +186,7 @@ refusals = (
     "There is a Brownian path inside of a term, but not as its control",
     "must consist of `diffrax.ODETerm` and `diffrax.ControlTerm`",
     "could not undo the steps of the solve",
+    "`ReversibleHeun` is not stable on this solve",
 )
 
 

@@ -100,17 +100,19 @@ def check_sense(
     """An error if terms were converted for a solver of the other kind."""
     is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
     name = type(solver).__name__
+    is_ito = is_kind(solver, diffrax.AbstractItoSolver)
+    is_stratonovich = is_kind(solver, diffrax.AbstractStratonovichSolver)
     for drift in jtu.tree_leaves(terms, is_leaf=is_converted):
         if not is_converted(drift):
             continue
-        if drift.sense == "ito" and is_kind(solver, diffrax.AbstractStratonovichSolver):
+        if drift.sense == "ito" and is_stratonovich and not is_ito:
             raise ValueError(
                 "These terms come from `stratonovich_to_ito`, and are for a solver "
                 f"that converges to the Itô solution, but `{name}` converges to the "
                 "Stratonovich solution. Pass the terms as they were before, or use an "
                 "Itô solver, such as `diffrax.Euler()`."
             )
-        if drift.sense == "stratonovich" and is_kind(solver, diffrax.AbstractItoSolver):
+        if drift.sense == "stratonovich" and is_ito and not is_stratonovich:
             raise ValueError(
                 "These terms come from `ito_to_stratonovich`, and are for a solver "
                 f"that converges to the Stratonovich solution, but `{name}` converges "

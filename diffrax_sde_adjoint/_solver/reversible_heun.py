@@ -144,10 +144,17 @@ class ReversibleHeun(
 
         The method is not stable for contracting dynamics. For $y' = -\lambda y$ it has
         a spurious solution that grows like $e^{\lambda T}$ over a horizon of length
-        $T$, whatever the step size. Undoing the steps of a contracting solve amplifies
-        rounding errors in the same way. As a rule of thumb, $\lambda T$ should be below
-        5, or smaller steps be made: the spurious solution starts out in proportion to
-        the square of the step size.
+        $T$, whatever the step size, and undoing the steps amplifies rounding errors in
+        the same way. As a rule of thumb, $\lambda T$ should be below 4. Above it,
+        smaller steps help if the drift is linear, and hardly otherwise. Nor is it
+        stable near roots, such as those of the variance in the Heston and CIR models
+        where this comes close to zero. With
+        [`diffrax_sde_adjoint.StochasticAdjoint`][], a gradient that is wrong for this
+        reason is an error. The way out is `diffrax.Heun` with the same path and
+        adjoint; for an Itô SDE `diffrax.Euler`, on the terms as they are.
+
+        The method converges to the *Stratonovich* solution: convert the terms of an Itô
+        SDE with [`diffrax_sde_adjoint.ito_to_stratonovich`][].
 
     ??? cite "Reference"
 
