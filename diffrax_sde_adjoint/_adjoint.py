@@ -94,8 +94,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     starts anew from every state that was kept. Near-exact solvers, such as
     [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too. Likewise it is
     an error if [`diffrax_sde_adjoint.ReversibleHeun`][] is not stable on a solve, so
-    that its loss is wrong by more than 4% of how far the solution moves times the
-    cotangents, both summed over all elements of a batch (34% without a batch).
+    that its loss is wrong by more than 3% of how far the solution moves times the
+    cotangents, both summed over all elements of a batch (13% without a batch).
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector

@@ -127,7 +127,7 @@ class Backward(eqx.Module):
                 tape.largest_y,
             )
             spurious = Spurious.none(
-                size_of_loss(largest, grad_ys, others, grad_others)
+                size_of_loss(largest, grad_ys, others, grad_others, by_entry=True)
             )
         end = SweepState(
             SolveState(final_state.y, final_state.solver_state),
@@ -177,15 +177,13 @@ class Backward(eqx.Module):
         )
         failed = jnp.invert(diffrax.is_okay(start.result))
         drifted = start.drift.is_too_large()
-        is_wrong = failed | drifted
+        unstable = unstable_here = jnp.array(False)
         if start.spurious is not None:
-            unstable, is_unstable_here = start.spurious.is_too_large()
-            is_wrong = is_wrong | is_unstable_here
+            unstable, unstable_here = start.spurious.is_too_large()
         if self.throw:
             grads = (grad_shared, grad_own)
             grads = start.result.error_if(grads, failed)
-            if start.spurious is not None:
-                grads = eqx.error_if(grads, unstable, is_unstable)
+            grads = eqx.error_if(grads, unstable, is_unstable)
             # Of a solver that a user wrote, it may be the fault of its `backward_step`.
             is_inverse = jnp.array(True)
             if is_reversible(solver) and type(solver) not in _invertible:
@@ -199,4 +197,4 @@ class Backward(eqx.Module):
         grad_shared, grad_own = nondifferentiable_backward(
             (grad_shared, grad_own), msg=no_second_derivative
         )
-        return grad_shared, grad_own, is_wrong
+        return grad_shared, grad_own, failed | drifted | unstable_here

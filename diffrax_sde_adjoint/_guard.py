@@ -8,6 +8,7 @@ these are found inaccurately. So what is looked at is what the differences are w
 the loss, which is, to first order, their product with the cotangents of these states.
 """
 
+import functools as ft
 from typing import Any
 
 import diffrax
@@ -87,23 +88,28 @@ def size_of_loss(
     grad_ys: list[PyTree[Array]],
     others: PyTree[Array],
     grad_others: PyTree[Array | None],
+    by_entry: bool = False,
 ) -> Float[Array, ""]:
     """The size of the outputs times that of their cotangents: `grad_ys` where it is the
-    solution that is an output, and `grad_others`. The size of a leaf of the solution is
-    that of its largest entry at any time of the forward solve, as it may just pass
-    through zero; `largest_y` has that of each.
+    solution that is an output, and `grad_others`. The size of the solution is that at
+    any time of the forward solve, as it may just pass through zero. `largest_y` has it
+    for each entry; it is that of the largest entry of a leaf, or taken `by_entry`.
     """
 
-    def product(grad, x):
+    def product(grad, x, by_entry):
         if grad is None:
             return None
         # What has not been saved to is infinite.
-        size = jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
-        return jnp.sum(jnp.abs(grad)) * size
+        size = jnp.abs(jnp.where(jnp.isfinite(x), x, 0))
+        return jnp.sum(jnp.abs(grad) * (size if by_entry else jnp.max(size, initial=0)))
 
+    product_of_y = ft.partial(product, by_entry=by_entry)
+    product_of_other = ft.partial(product, by_entry=False)
     is_none = lambda x: x is None
-    products = [jtu.tree_map(product, grad_y, largest_y) for grad_y in grad_ys]
-    other_products = jtu.tree_map(product, grad_others, others, is_leaf=is_none)
+    products = [jtu.tree_map(product_of_y, grad_y, largest_y) for grad_y in grad_ys]
+    other_products = jtu.tree_map(
+        product_of_other, grad_others, others, is_leaf=is_none
+    )
     return _total((products, other_products))
 
 

@@ -227,7 +227,11 @@ def _convert(
     is_drift = [type(x) is diffrax.ODETerm for x in leaves]
     first = is_drift.index(True) if True in is_drift else None
     drift = None if first is None else leaves[first].vector_field
-    corrected = diffrax.ODETerm(_CorrectedDrift(drift, noises, sense, elementwise))
+    corrected = diffrax.ODETerm(
+        _CorrectedDrift(
+            drift=drift, noises=noises, sense=sense, elementwise=elementwise
+        )
+    )
     if first is None:
         return diffrax.MultiTerm(corrected, *leaves)
     return diffrax.MultiTerm(*leaves[:first], corrected, *leaves[first + 1 :])

@@ -28,8 +28,8 @@ def check_products(
     field and the control are those of `terms`.
     """
     if isinstance(terms, diffrax.MultiTerm):
-        for term, *of_term in zip(terms.terms, vf, control, strict=True):
-            check_products(term, *of_term, y)
+        for term, its_vf, its_control in zip(terms.terms, vf, control, strict=True):
+            check_products(term, its_vf, its_control, y)
     else:
         eqx.filter_eval_shape(product, terms, vf, control, y)
 

@@ -33,8 +33,8 @@ from ._tape import SolveState
 # below were about as accurate as with Heun's method. Where noise is strong and steps
 # are coarse, the second number is what it is worth in single paths of solves whose mean
 # is fine.
-_tolerance = 0.04
-_tolerance_of_one = 0.3
+_tolerance = 0.03
+_tolerance_of_one = 0.1
 
 is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "

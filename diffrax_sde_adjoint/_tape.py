@@ -207,7 +207,7 @@ def loop_and_record(
 
     init_pages = (init_starts, init_ends)
     init_largest = jtu.tree_map(jnp.abs, sizes_of(init_state.y))
-    final_state, _, largest, (starts, ends), snapshots = while_loop(
+    final_state, _, (largest_y, largest_change), pages, snapshots = while_loop(
         lambda val: is_running(val[0]),
         fill_page,
         (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
@@ -215,7 +215,10 @@ def loop_and_record(
         kind="lax",
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
-    return final_state, Tape(ends, starts, snapshots, *largest, num_steps)
+    starts, ends = pages
+    return final_state, Tape(
+        ends, starts, snapshots, largest_y, largest_change, num_steps
+    )
 
 
 def _larger(

@@ -281,10 +281,12 @@ def _make_terms(program: Program, params, paths, empty):
     if program.controller == "jumps":
         without_jumps = drift
 
-        def drift(params, t, y, args):
+        def with_jumps(params, t, y, args):
             size = jnp.where(t < 0.3, 0, jnp.where(t < 0.5, 1.5, -1.0))
             add = lambda x: x + size.astype(x.dtype) * args["rate"]
             return jtu.tree_map(add, without_jumps(params, t, y, args))
+
+        drift = with_jumps
 
     if program.has_closures:
         make_vf = lambda fn, params: lambda *x: fn(params, *x)

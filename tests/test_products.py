@@ -80,7 +80,8 @@ def test_wrong_structure(case, solver, adjoint):
             lambda t, y, args: vf,
             path,
         )
-        return diffrax.diffeqsolve(terms, solver, *times, y0, adjoint=adjoint).ys
+        t0, t1, dt0 = times
+        return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, adjoint=adjoint).ys
 
     # Standard promotion, as for a user.
     with jax.numpy_dtype_promotion("standard"):

@@ -193,9 +193,11 @@ def test_operators_that_are_not_linear_in_their_arrays(name):
     y0, dot_y0 = jnp.array([0.6, -0.3]), jnp.eye(2)
 
     def solve(terms, y0, args, **kwargs):
-        return diffrax.diffeqsolve(
+        sol = diffrax.diffeqsolve(
             terms, ReversibleHeun(), 0.0, 1.0, 0.1, y0, args, **kwargs
-        ).ys
+        )
+        assert sol.ys is not None
+        return sol.ys
 
     _, actual = solve(forward_sensitivity(terms), (y0, dot_y0), (None, None))
     expected = jax.jacfwd(

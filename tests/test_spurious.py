@@ -174,14 +174,18 @@ def raises():
     return pytest.raises(RuntimeError, match="`ReversibleHeun` is not stable on this")
 
 
-def slow_but(names, *quick):
-    slow = lambda name: () if name in quick else pytest.mark.slow
-    return [pytest.param(name, marks=slow(name)) for name in names]
-
-
-@pytest.mark.parametrize("checkpoint_every", (None, 10))
 @pytest.mark.parametrize(
-    "name", slow_but(bad, "OU, rate times length 16", "OU about 1000", "Heston")
+    "name,checkpoint_every",
+    [
+        ("OU about 1000", None),
+        ("Heston", 10),
+        *(
+            pytest.param(name, num, marks=pytest.mark.slow)
+            for name in bad
+            for num in (None, 10)
+            if (name, num) not in (("OU about 1000", None), ("Heston", 10))
+        ),
+    ],
 )
 def test_unstable(name, checkpoint_every):
     """Also where states that are kept make the way back exact."""
@@ -206,7 +210,11 @@ def test_wrong_gradient():
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(good, "OU", "networks", "a solution that does not move")
+    "name",
+    [
+        pytest.param(name, marks=() if name == "OU" else pytest.mark.slow)
+        for name in good
+    ],
 )
 def test_stable(name):
     """As accurate as Heun's method."""
