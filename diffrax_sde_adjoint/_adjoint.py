@@ -148,6 +148,12 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 "`StochasticAdjoint(checkpoint_every=...)` must be a positive integer, "
                 f"or `None`, but is {num}."
             )
+        if not isinstance(self.backward, BackwardSDE | None):
+            raise ValueError(
+                "`StochasticAdjoint(backward=...)` must be an instance of "
+                "`BackwardSDE`, as `BackwardSDE()` is, or `None`, but is "
+                f"{self.backward}."
+            )
 
     def loop(
         self=None,
@@ -308,7 +314,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 or may_jump(stepsize_controller),
                 take_snapshots=not is_reversible(solver)
                 or self.checkpoint_every is not None,
-                measure_change=type(solver) is ReversibleHeun and way_back is None,
+                measure_change=way_back is None
+                and issubclass(type(solver), ReversibleHeun),
             )
 
         loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)

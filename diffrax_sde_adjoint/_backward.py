@@ -179,14 +179,18 @@ class Backward(eqx.Module):
         drifted = start.drift.is_too_large()
         unstable = unstable_here = jnp.array(False)
         if start.spurious is not None:
-            unstable, unstable_here = start.spurious.is_too_large()
+            unstable, unstable_here = start.spurious.is_too_large(axes)
         if self.throw:
             grads = (grad_shared, grad_own)
             grads = start.result.error_if(grads, failed)
             grads = eqx.error_if(grads, unstable, is_unstable)
             # Of a solver that a user wrote, it may be the fault of its `backward_step`.
             is_inverse = jnp.array(True)
-            if is_reversible(solver) and type(solver) not in _invertible:
+            if (
+                is_reversible(solver)
+                and not issubclass(type(solver), _invertible)
+                and not solver.is_near_exact
+            ):
                 is_inverse = inverts_last_step(sweep, end)
             grad_shared, grad_own = eqx.branched_error_if(
                 grads,

@@ -47,22 +47,6 @@ def any_of(x: Array, axes: Axes) -> Array:
     return lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
 
 
-@jax.custom_batching.custom_vmap
-def sum_over_batches(x: _T) -> _T:
-    """The sum over all elements of all batches, also those of a `jax.vmap` around a
-    gradient.
-    """
-    return x
-
-
-@sum_over_batches.def_vmap
-def _(axis_size, in_batched, x):
-    add = lambda x, batched: jnp.sum(x, axis=0) if batched else axis_size * x
-    (is_batched,) = in_batched
-    out = sum_over_batches(jtu.tree_map(add, x, is_batched))
-    return out, jtu.tree_map(lambda _: False, out)
-
-
 def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
     """`x` for the elements of a batch that are active, and `y` for the others. Without
     a batch, all is active.

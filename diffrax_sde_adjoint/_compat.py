@@ -89,13 +89,20 @@ def control_of_solver() -> Any:
     return None
 
 
+# The names of the primitives by which `diffeqsolve` computes its times.
+_arithmetic = frozenset(
+    "add sub mul neg min max lt select_n convert_element_type broadcast_in_dim copy jit "
+    "pjit".split()
+)
+
+
 def known_value(x: Any) -> np.ndarray | None:
     """The value of an array which a function that is being traced has computed from
     constants alone; `None` if it is not, or not known how.
 
     `diffeqsolve` makes traced arrays of the numbers that it is given, so that an
     adjoint does not see these. JAX keeps what a traced array was computed from, as its
-    `parent`.
+    `parent`. Only what `diffeqsolve` does with times is followed.
     """
     if not isinstance(x, jax.core.Tracer):
         return np.asarray(x)
@@ -103,7 +110,7 @@ def known_value(x: Any) -> np.ndarray | None:
     if isinstance(variable, jex.core.Literal):
         return np.asarray(variable.val)
     parent = getattr(x, "parent", None)
-    if parent is None:
+    if parent is None or parent.primitive.name not in _arithmetic:
         return None
     inputs = [known_value(y) for y in parent.in_tracers]
     if any(y is None for y in inputs):

@@ -44,7 +44,8 @@ class _Message(Sequence[str]):
         return 1
 
     def __getitem__(self, index: Any) -> Any:
-        del index
+        if index != 0:
+            raise IndexError
         return self._template.format(*self._values)
 
     def note(self, pred: ArrayLike, *values: ArrayLike) -> ArrayLike:
@@ -78,10 +79,12 @@ def error_with_values_if(
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    """Whether this tells of anything but an error that is about to be raised."""
-    return not (record.exc_info and record.exc_info[0] is _EquinoxRuntimeError)
+    """Whether this tells of anything but an error of ours that is about to be raised."""
+    error = record.exc_info[1] if record.exc_info else None
+    is_ours = str(error).startswith(("`adjoint=StochasticAdjoint", "`BrownianInterval"))
+    return not (isinstance(error, _EquinoxRuntimeError) and is_ours)
 
 
 # JAX logs an error in a callback, with its traceback, and then raises it with the same
-# traceback. `equinox.filter_jit` keeps the first of the two out as well.
+# traceback. `equinox.filter_jit` keeps the first of the two out as well, of all errors.
 callback_log.addFilter(_is_new)

@@ -162,7 +162,8 @@ def ito_to_stratonovich(
         The gradient of the correction is made of second derivatives of the diffusion.
         Those of a network with ReLUs are zero (almost everywhere), though the corners
         take part in the correction: use a smooth activation in the diffusion, such as
-        `jax.nn.softplus`.
+        `jax.nn.softplus`. And the derivative of a root is infinite at zero: keep it
+        away from there, as in `jnp.sqrt(jnp.maximum(variance, 1e-4))`.
 
     !!! note
 

@@ -137,9 +137,11 @@ class _AugmentedDiffusion(eqx.Module):
         leaves, treedef = jtu.tree_flatten(struct)
         # Not itself: solvers for additive noise look for the state in what this is.
         like = jnp.zeros_like(divergence)
-        # All that a product needs of the term. An operator is to consist of arrays.
-        parts = lambda term: (term.vector_field, term.control)
-        term = eqx.tree_at(parts, self.noise, (None, None))
+        term = self.noise
+        if type(term).prod is diffrax.ControlTerm.prod:
+            # This needs nothing of the term, and an operator is to consist of arrays.
+            parts = lambda term: (term.vector_field, term.control)
+            term = eqx.tree_at(parts, term, (None, None))
         return _Augmented(term, vf, form, like, tuple(leaves), treedef)
 
 

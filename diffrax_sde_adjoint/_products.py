@@ -41,6 +41,11 @@ def product(
     try:
         out = term.prod(vf, control)
     except (TypeError, ValueError) as error:
+        if type(unwrap(term)).prod not in (
+            diffrax.ControlTerm.prod,
+            diffrax.ODETerm.prod,
+        ):
+            raise
         raise ValueError(_wrong_structure(term, vf, control, y)) from error
     if not _are_alike(out, y):
         raise ValueError(_wrong_structure(term, vf, control, y))
@@ -89,11 +94,13 @@ def _wrong_structure(
             "or return an operator that maps the control to the structure of `y`, such "
             "as a `lineax.FunctionLinearOperator`."
         )
-    return message + (
-        "An array has to be of the shape of `y` followed by that of the control. For "
-        "diagonal noise, with a number for each one of `y`, return "
-        "`lineax.DiagonalLinearOperator(diagonal)`."
-    )
+    message += "An array has to be of the shape of `y` followed by that of the control."
+    if _are_alike(control, y):
+        message += (
+            " For diagonal noise, with a number for each one of `y`, return "
+            "`lineax.DiagonalLinearOperator(diagonal)`."
+        )
+    return message
 
 
 def _wrong_dtype(

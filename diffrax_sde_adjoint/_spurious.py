@@ -12,8 +12,8 @@ The way back knows what a change of the solver's state is worth to the loss: its
 with the cotangents. So at some points of the solve this is evaluated for the change
 that would make the distance zero, from `(yhat, vf(yhat))` to `(y, vf(y))`. It is by how
 much the loss is wrong, to first order, and it is compared with the size that the loss
-has by how much the solution moves. In a batch both are sums: a few paths of a good
-solve can be far off, and so more is tolerated of a few.
+has by how much the solution moves. In a batch whose gradient is a sum both are sums: a
+few paths of a good solve can be far off, and so more is tolerated of a few.
 """
 
 import diffrax
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float
 
-from ._batching import sum_over_batches
+from ._batching import Axes
 from ._compat import VF, Args, RealScalarLike, Y
 from ._tape import SolveState
 
@@ -40,9 +40,9 @@ is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "
     "that the solution and its gradient are wrong. This happens where dynamics "
     "contract for long (a rate times the length of the solve above 4), and near roots, "
-    "such as the volatility of the Heston model. Use `diffrax.Heun()` with the same "
-    "path and adjoint, or `diffrax.Euler()` on the terms of an Itô SDE. Smaller steps "
-    "seldom help, and `checkpoint_every` does not."
+    "such as that of the variance in the Heston model. Use `diffrax.Heun()` on the "
+    "same terms, path and adjoint; or, for an Itô SDE, `diffrax.Euler()` on its terms "
+    "without conversion. Smaller steps seldom help, and `checkpoint_every` does not."
 )
 
 
@@ -63,14 +63,17 @@ class Spurious(eqx.Module):
         worth = jnp.maximum(self.worth, jnp.abs(worth))
         return eqx.tree_at(lambda x: x.worth, self, worth)
 
-    def is_too_large(self) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-        """Whether the solution is wrong, over all elements of all batches; and whether
-        it is this element that is. NaNs are let pass: they speak for themselves.
+    def is_too_large(self, axes: Axes) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Whether the solution is wrong, over the batch; and whether it is this element
+        that is. An element that is not finite speaks for itself, and not for others.
         """
         worth, scale = lax.stop_gradient((self.worth, self.scale))
-        one = jnp.ones_like(scale)
-        total_worth, total_scale, num = sum_over_batches((worth, scale, one))
-        tolerance = _tolerance + _tolerance_of_one / jnp.sqrt(num)
+        is_finite = jnp.isfinite(worth) & jnp.isfinite(scale)
+        numbers = [jnp.where(is_finite, x, 0) for x in (worth, scale, 1.0)]
+        if axes:
+            numbers = lax.psum(numbers, axes)
+        total_worth, total_scale, num = numbers
+        tolerance = _tolerance + _tolerance_of_one / jnp.sqrt(jnp.maximum(num, 1))
         is_any = total_worth > tolerance * total_scale
         return is_any, is_any & (worth > tolerance * scale)
 

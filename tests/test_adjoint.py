@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from diffrax_sde_adjoint import (
     AbstractReversibleSolver,
+    BackwardSDE,
     BrownianInterval,
     ReversibleHeun,
     StochasticAdjoint,
@@ -931,6 +932,8 @@ def test_times_with_outputs_that_are_not_numbers():
 def test_class_for_an_instance():
     with pytest.raises(ValueError, match=r"was given the class. Pass an instance"):
         two_step_loss(StochasticAdjoint, jnp.array(0.2), 0.9)
+    with pytest.raises(ValueError, match="must be an instance of `BackwardSDE`"):
+        StochasticAdjoint(backward=BackwardSDE)
 
 
 forward_mode = {

@@ -63,17 +63,18 @@ loud = {
     "no step": (
         {},
         {},
-        r"without `dt` .* constant, of 0.01\. .* 44 times .*`dt=dt0|dt0",
+        r"without `dt` .* constant, of 0.01\. .* 44 times .*dt=dt0",
     ),
     "a third of a cell": (dict(dt=0.03), {}, "dt=0.03.* which are of 0.01"),
     "off the cells": (dict(dt=0.01), dict(end=2.0, t0=0.505, t1=1.505), "dt=0.01"),
     "backwards, uneven": (
         dict(dt=0.03),
         dict(t0=1.0, t1=0.0, dt0=-0.03),
-        "Let `dt` divide the interval",
+        "`dt` does not divide the interval",
     ),
     "listed steps": ({}, step_to(10), "makes 10 steps, but the path has 1 cell, "),
     "other listed cells": (ts(7), step_to(10), "10 steps, but the path has 7 cells"),
+    "many cells": (dict(dt=1e-4), {}, r"of 0.01, draws the 100 cells .* `dt=dt0`"),
     "resolution": (dict(dt=0.013), dict(levels=3), "10 times the numbers"),
 }
 

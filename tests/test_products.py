@@ -27,7 +27,7 @@ wrong = {
         jnp.ones((3, 2)),
         (3,),
         y3,
-        r"`f64\[3,2\]`, the control is `f64\[3\]`.*shape of `y` followed by that of",
+        r"`f64\[3,2\]`, the control is `f64\[3\]`.*lineax.DiagonalLinearOperator",
     ),
     "columns first": (jnp.ones((2, 3)), (2,), y3, "followed by that of the control"),
     "scalar in a vector": (jnp.array(1.0), (), y3, "followed by that of the control"),
@@ -118,6 +118,20 @@ def test_errors_of_a_vector_field_are_its_own():
             diffrax.diffeqsolve(
                 terms, solver, 0.0, 1.0, 0.1, y3, adjoint=StochasticAdjoint()
             )
+
+
+def test_errors_of_a_product_are_its_own():
+    class Picky(diffrax.ControlTerm):
+        def prod(self, vf, control):
+            raise ValueError("of the user")
+
+    path = BrownianInterval(0.0, 1.0, (3,), jr.key(0), dt=0.1)
+    noise = Picky(lambda t, y, args: jnp.eye(3), path)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: -y), noise)
+    with pytest.raises(ValueError, match=r"^of the user"):
+        diffrax.diffeqsolve(
+            terms, diffrax.Euler(), 0.0, 1.0, 0.1, y3, adjoint=StochasticAdjoint()
+        )
 
 
 def test_one_term_for_each_part_of_the_solution():

@@ -237,29 +237,56 @@ def test_rounding():
     assert jnp.isfinite(solve(jnp.float32))
 
 
-def test_each_element_of_a_batch():
-    """The elements of a batch are judged together, whichever is outside: `jax.vmap` or
-    `jax.grad`.
-    """
+def ou_loss(rate, key, *, solver=None, y0=1.0):
+    """For a path, and a rate that may be too large."""
     t1, dt = 3.0, 0.01
+    path = BrownianInterval(0.0, t1, (), key, dt=dt)
+    terms = make_terms(
+        lambda t, y, args: -rate * y, lambda t, y, args: jnp.array(0.5), path
+    )
+    sol = diffrax.diffeqsolve(
+        terms,
+        ReversibleHeun() if solver is None else solver,
+        0.0,
+        t1,
+        dt,
+        jnp.asarray(y0),
+        adjoint=StochasticAdjoint(checkpoint_every=10),
+        max_steps=300,
+    )
+    return sol.ys[-1] ** 2
 
-    def loss(rate, key):
-        path = BrownianInterval(0.0, t1, (), key, dt=dt)
-        terms = make_terms(
-            lambda t, y, args: -rate * y, lambda t, y, args: jnp.array(0.5), path
-        )
-        adjoint = StochasticAdjoint(checkpoint_every=10)
-        y0 = jnp.array(1.0)
-        sol = diffrax.diffeqsolve(
-            terms, ReversibleHeun(), 0.0, t1, dt, y0, adjoint=adjoint, max_steps=300
-        )
-        return sol.ys[-1] ** 2
 
-    of_each = jax.jit(jax.vmap(jax.grad(loss)))
-    total = lambda rates: jnp.sum(jax.vmap(loss)(rates, keys(4)))
-    rates = jnp.array([0.5, 0.5, 0.5, 6.0])
+def test_batches():
+    """What is wrong in one element is an error whichever is outside: `jax.vmap` or
+    `jax.grad`; whatever the size of others; and if another one is NaN.
+    """
+
+    def total(rates, y0):
+        return jnp.sum(
+            jax.vmap(lambda *x: ou_loss(*x[:2], y0=x[2]))(rates, keys(4), y0)
+        )
+
+    def of_each(rates, y0):
+        gradient = jax.grad(lambda rate, key, y0: ou_loss(rate, key, y0=y0))
+        return jax.vmap(gradient)(rates, keys(4), y0)
+
+    good, bad = jnp.full(4, 0.5), jnp.array([0.5, 0.5, 0.5, 6.0])
+    ones = jnp.ones(4)
+    of_each, of_total = jax.jit(of_each), jax.jit(jax.grad(total))
+    for gradient in (of_each, of_total):
+        assert jnp.all(jnp.isfinite(gradient(good, ones)))
+        with raises():
+            gradient(bad, ones)
+        with raises():
+            gradient(bad, ones.at[0].set(jnp.nan))
     with raises():
-        of_each(rates, keys(4))
+        of_each(bad, ones.at[0].set(1e4))
+
+
+def test_subclass():
+    class Same(ReversibleHeun):
+        pass
+
     with raises():
-        jax.jit(jax.grad(total))(rates)
-    assert jnp.all(jnp.isfinite(of_each(jnp.full(4, 0.5), keys(4))))
+        jax.jit(jax.grad(lambda rate: ou_loss(rate, jr.key(0), solver=Same())))(6.0)

@@ -489,6 +489,11 @@ def _check_levy_area(levy_area: type[diffrax.AbstractBrownianIncrement]) -> None
 
 
 def _check_key(key: PRNGKeyArray) -> Key[Array, ""]:
+    if not eqx.is_array(key):
+        raise ValueError(
+            "`BrownianInterval(key=...)` must be a JAX random key, such as "
+            f"`jax.random.key(0)`, but is {key}."
+        )
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jr.wrap_key_data(key)
     if key.ndim != 0:

@@ -20,6 +20,8 @@ from .interval import BrownianInterval
 _tolerance = 1e-3
 # The first steps are looked at: the others are like them, or there is nothing to gain.
 _num_steps = 100
+# So many cells in a step are for comparing step sizes on one path, and no mistake.
+_max_cells = 16
 
 
 def warn_of_costly_steps(
@@ -39,13 +41,14 @@ def warn_of_costly_steps(
     for term in jtu.tree_leaves(terms, is_leaf=is_term):
         if not is_term(term):
             continue
-        is_path = lambda x: isinstance(x, BrownianInterval)
-        for path in filter(is_path, jtu.tree_leaves(term, is_leaf=is_path)):
-            times = _step_times(controller, term.direction, t0, t1, dt0)
-            if times is not None:
-                _warn_of_constant_steps(path, times)
-            elif type(controller) is diffrax.StepTo:
-                _warn_of_listed_steps(path, len(controller.ts) - 1, t0, t1)
+        path = getattr(term.term, "control", None)
+        if not isinstance(path, BrownianInterval):
+            continue
+        times = _step_times(controller, term.direction, t0, t1, dt0)
+        if times is not None:
+            _warn_of_constant_steps(path, times)
+        elif type(controller) is diffrax.StepTo:
+            _warn_of_listed_steps(path, len(controller.ts) - 1, t0, t1)
 
 
 def _step_times(
@@ -93,12 +96,21 @@ def _warn_of_constant_steps(path: BrownianInterval, times: Any) -> None:
     edges = start + cell * np.round((times - start) / cell)
     distances = np.minimum(np.abs(times - edges), np.abs(times - (start + dt)))
     are_edges = np.all(distances < _tolerance * cell)
+    num_cells = round(float(np.max(np.diff(times))) / cell)
+    if are_edges and num_cells > _max_cells:
+        warnings.warn(
+            f"Each step of the solve, of {np.median(np.diff(times)):.6g}, draws the "
+            f"{num_cells} cells of `BrownianInterval(..., dt={dt:.6g})` in it. Pass "
+            "`dt=dt0`, with `dt0` of the solve, unless this is to be the path of a "
+            "solve with smaller steps.",
+            stacklevel=2,
+        )
     if not (are_edges or _are_dyadic(times, start, cell, path.levels)):
         way_out = "Pass `dt=dt0`, with `dt0` of the solve."
         if np.any(np.abs(np.diff(times) - dt) < _tolerance * dt):
             way_out = (
-                "Let `dt` divide the interval: else the steps of a solve that goes "
-                "backwards in time, or starts elsewhere, are not cells."
+                "The steps start elsewhere, or go backwards in time and `dt` does not "
+                "divide the interval: let them begin and end where cells do."
             )
         _warn(
             f"`BrownianInterval(..., dt={dt:.6g})` is not made for the steps of the "

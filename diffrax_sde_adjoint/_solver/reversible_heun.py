@@ -148,10 +148,11 @@ class ReversibleHeun(
         the same way. As a rule of thumb, $\lambda T$ should be below 4. Above it,
         smaller steps help if the drift is linear, and hardly otherwise. Nor is it
         stable near roots, such as those of the variance in the Heston and CIR models
-        where this comes close to zero. With
-        [`diffrax_sde_adjoint.StochasticAdjoint`][], a gradient that is wrong for this
-        reason is an error. The way out is `diffrax.Heun` with the same path and
-        adjoint; for an Itô SDE `diffrax.Euler`, on the terms as they are.
+        where this comes close to zero. Where the solution is lost,
+        [`diffrax_sde_adjoint.StochasticAdjoint`][] raises an error; a gradient may be
+        wrong before that. When in doubt, compare with `diffrax.Heun` on the same path,
+        which is also the way out; for an Itô SDE it is `diffrax.Euler`, on the terms as
+        they are.
 
         The method converges to the *Stratonovich* solution: convert the terms of an Itô
         SDE with [`diffrax_sde_adjoint.ito_to_stratonovich`][].
@@ -219,7 +220,8 @@ class ReversibleHeun(
         # Against Euler's method from `y0`. From `yhat0`, where the vector field is
         # known, it would see an error of first order in `yhat0 - y0`, which no smaller
         # step makes smaller, and of which `y1` has one of second order only. Where
-        # steps are constant, nothing looks at this, and XLA leaves the evaluation out.
+        # steps are constant, nothing looks at this, and XLA leaves the evaluation out,
+        # unless it has side effects.
         euler = terms.prod(terms.vf(t0, y0, args), control)
         y1_error = jtu.tree_map(lambda a, b: a - b, increment, euler)
         dense_info = dict(y0=y0, y1=y1)
