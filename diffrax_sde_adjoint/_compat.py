@@ -91,8 +91,8 @@ def control_of_solver() -> Any:
 
 # The names of the primitives by which `diffeqsolve` computes its times.
 _arithmetic = frozenset(
-    "add sub mul neg min max lt select_n convert_element_type broadcast_in_dim copy jit "
-    "pjit".split()
+    "add sub mul neg min max lt select_n convert_element_type broadcast_in_dim copy "
+    "jit pjit".split()
 )
 
 

@@ -79,7 +79,7 @@ def error_with_values_if(
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    """Whether this tells of anything but an error of ours that is about to be raised."""
+    """Whether this tells of more than an error of ours that is about to be raised."""
     error = record.exc_info[1] if record.exc_info else None
     is_ours = str(error).startswith(("`adjoint=StochasticAdjoint", "`BrownianInterval"))
     return not (isinstance(error, _EquinoxRuntimeError) and is_ours)

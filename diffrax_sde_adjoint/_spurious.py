@@ -90,7 +90,7 @@ def worth_of_distance(
     the solver were to start anew, with `yhat` at `y`.
     """
 
-    def product(grad: Array | None, x: Array, x_anew: Array) -> Array | None:
+    def product(grad, x, x_anew):
         if grad is None:
             return None
         return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
