@@ -49,10 +49,11 @@ class _Augmented(lx.AbstractLinearOperator):
     treedef: Any = eqx.field(static=True)
 
     def mv(self, vector: PyTree[Array]) -> tuple[Y, Divergence]:
-        out = jnp.zeros_like(self.divergence)
+        divergence = jnp.asarray(self.divergence)
+        out = jnp.zeros_like(divergence)
         if self.form is not None:
             products = jtu.tree_map(lambda u, x: u * x, self.form, vector)
-            out = sum_like(products, self.divergence)
+            out = sum_like(products, divergence)
         return self.term.prod(self.vf, vector), out
 
     def as_matrix(self) -> Float[Array, "out in"]:

@@ -81,7 +81,7 @@ def test_equals_diffrax_with_adaptive_steps():
     ts, ys = solve(ReversibleHeun(), pid)
     assert len(ts) > 20
     expected = solve(diffrax.ReversibleHeun(), diffrax.StepTo(ts))
-    assert eqx.tree_equal((ts, ys), expected)
+    assert relative_error((ts, ys), expected) < 1e-14
 
 
 def test_number_of_adaptive_steps():
@@ -111,7 +111,7 @@ def test_number_of_adaptive_steps():
     tries = lambda solver: sum(int(num_tries(solver, key)) for key in keys(16))
     heun = tries(diffrax.Heun())
     assert tries(ReversibleHeun()) < 2 * heun
-    assert tries(diffrax.ReversibleHeun()) > 4 * heun
+    assert tries(diffrax.ReversibleHeun()) > 3 * heun
 
 
 @pytest.mark.parametrize("noise,dtype", noises_and_dtypes)
