@@ -71,6 +71,7 @@ class Tape(eqx.Module):
 
     @property
     def parts_per_page(self) -> int:
+        # Each part costs two more evaluations of the vector field, so none is short.
         return 1 if self.steps_per_page < 16 else 2
 
     def part(self, i: Int[Array, ""]) -> "Page":

@@ -24,6 +24,7 @@ from helpers import struct
 from recorded_steps import Recording, Repeating
 from test_adjoint_cases import (
     first_entry,
+    make_adaptive,
     make_saveat,
     solvers as named_solvers,
     with_levy_area,
@@ -377,27 +378,14 @@ def _make_controller(program: Program, start, end):
         dcoeff=0,
         dtmin=jnp.array(0.02, dtype),
     )
-    array = lambda *x: jnp.array(x, dtype)
     match program.controller:
         case "constant":
             return diffrax.ConstantStepSize(), True
         case "step to":
             ts = jnp.linspace(0, 1, 9, dtype=dtype) ** 2
             return diffrax.StepTo(start + (end - start) * ts), False
-        case "PID":
-            return pid, True
-        case "PID, no dt0":
-            return pid, False
-        case "clip":
-            return diffrax.ClipStepSizeController(
-                pid, step_ts=array(0.2, 0.45), store_rejected_steps=20
-            ), True
-        case "jumps":
-            return diffrax.ClipStepSizeController(
-                pid, step_ts=array(0.2), jump_ts=array(0.3, 0.5)
-            ), True
-        case _:
-            raise AssertionError
+        case name:
+            return make_adaptive(name, pid, dtype)
 
 
 def _make_event(program: Program, solution_of):

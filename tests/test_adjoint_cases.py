@@ -97,7 +97,6 @@ def make_controller(
     """And whether it takes a `dt0`."""
     rtol = 1e-3 if dtype == jnp.float64 else 1e-2
     pid = diffrax.PIDController(rtol=rtol, atol=rtol, pcoeff=0.1, icoeff=0.3, dcoeff=0)
-    array = lambda *x: jnp.array(x, dtype)
     match name:
         case "constant":
             return diffrax.ConstantStepSize(), True
@@ -105,6 +104,16 @@ def make_controller(
             return diffrax.StepTo(
                 jnp.linspace(0, 1, 12, dtype=dtype)[::direction] ** 2
             ), False
+        case _:
+            return make_adaptive(name, pid, dtype)
+
+
+def make_adaptive(
+    name: str, pid: diffrax.PIDController, dtype: Any
+) -> tuple[diffrax.AbstractStepSizeController, bool]:
+    """Those of adaptive steps."""
+    array = lambda *x: jnp.array(x, dtype)
+    match name:
         case "PID":
             return pid, True
         case "PID, no dt0":
