@@ -314,8 +314,6 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 or may_jump(stepsize_controller),
                 take_snapshots=not is_reversible(solver)
                 or self.checkpoint_every is not None,
-                measure_change=way_back is None
-                and issubclass(type(solver), ReversibleHeun),
             )
 
         loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)

@@ -95,7 +95,16 @@ class Backward(eqx.Module):
         )
         if axes:
             solver = summed_over_batches(solver)
-        sweep = Sweep(solver, tape, saved, diff_inputs, diff_terms, nondiff_terms, axes)
+        sweep = Sweep(
+            solver,
+            tape,
+            init_state.y,
+            saved,
+            diff_inputs,
+            diff_terms,
+            nondiff_terms,
+            axes,
+        )
         get_dense_infos = lambda state: (state.dense_infos, state.event_dense_info)
         saved_ys = [
             (state.ys, grad, fn is save_y)
@@ -117,18 +126,7 @@ class Backward(eqx.Module):
             get_dense_infos(grad_final_state),
             grad_final_state.solver_state,
         )
-        if tape.largest_change is None:
-            spurious = None
-        else:
-            # Of a solution that does not move, the distance is rounding.
-            largest = jtu.tree_map(
-                lambda change, y: change + float(jnp.finfo(y.dtype).eps) ** 0.5 * y,
-                tape.largest_change,
-                tape.largest_y,
-            )
-            spurious = Spurious.none(
-                size_of_loss(largest, grad_ys, others, grad_others, by_entry=True)
-            )
+        can_be_unstable = issubclass(type(solver), ReversibleHeun)
         end = SweepState(
             SolveState(final_state.y, final_state.solver_state),
             final_state.tprev,
@@ -149,7 +147,7 @@ class Backward(eqx.Module):
                 if is_reversible(solver) and solver.is_near_exact
                 else 0.0,
             ),
-            spurious,
+            Spurious.none(final_state.y, init_state.y) if can_be_unstable else None,
             diffrax.RESULTS.successful,
         )
         if not is_reversible(solver):
@@ -179,7 +177,12 @@ class Backward(eqx.Module):
         drifted = start.drift.is_too_large()
         unstable = unstable_here = jnp.array(False)
         if start.spurious is not None:
-            unstable, unstable_here = start.spurious.is_too_large(axes)
+            loss = lambda size: size_of_loss(
+                size, grad_ys, others, grad_others, by_entry=True
+            )
+            unstable, unstable_here = start.spurious.is_too_large(
+                tape.largest_y, loss, axes
+            )
         if self.throw:
             grads = (grad_shared, grad_own)
             grads = start.result.error_if(grads, failed)

@@ -12,16 +12,19 @@ The way back knows what a change of the solver's state is worth to the loss: its
 with the cotangents. So at some points of the solve this is evaluated for the change
 that would make the distance zero, from `(yhat, vf(yhat))` to `(y, vf(y))`. It is by how
 much the loss is wrong, to first order, and it is compared with the size that the loss
-has by how much the solution moves. In a batch whose gradient is a sum both are sums: a
-few paths of a good solve can be far off, and so more is tolerated of a few.
+has by how far the solution goes between these points. In a batch whose gradient is a
+sum both are sums: a few paths of a good solve can be far off, and so more is tolerated
+of a few.
 """
+
+from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._batching import Axes
 from ._compat import VF, Args, RealScalarLike, Y
@@ -47,27 +50,39 @@ is_unstable = (
 
 
 class Spurious(eqx.Module):
-    """What the distance is `worth` to the loss, at most, and the `scale` that this is
-    compared with. For one element of a batch.
+    """What the distance is `worth` to the loss, at most; and the largest absolute value
+    of each entry of the `change` of the solution from its start. Both are of the points
+    seen so far, for one element of a batch.
     """
 
     worth: Float[Array, ""]
-    scale: Float[Array, ""]
+    change: PyTree[Float[Array, "..."]]
 
     @staticmethod
-    def none(scale: Float[Array, ""]) -> "Spurious":
-        return Spurious(jnp.zeros_like(scale), scale)
+    def none(y: Y, y0: Y) -> "Spurious":
+        """At the end of the solve."""
+        return Spurious(jnp.zeros((), jnp.result_type(float)), _change(y, y0))
 
-    def at(self, worth: Float[Array, ""]) -> "Spurious":
+    def at(self, worth: Float[Array, ""], y: Y, y0: Y) -> "Spurious":
         """With one more point of the solve."""
         worth = jnp.maximum(self.worth, jnp.abs(worth))
-        return eqx.tree_at(lambda x: x.worth, self, worth)
+        change = jtu.tree_map(jnp.maximum, self.change, _change(y, y0))
+        return Spurious(worth, change)
 
-    def is_too_large(self, axes: Axes) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    def is_too_large(
+        self,
+        largest_y: PyTree[Float[Array, "..."]],
+        loss: Callable[[PyTree[Float[Array, "..."]]], Float[Array, ""]],
+        axes: Axes,
+    ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Whether the solution is wrong, over the batch; and whether it is this element
         that is. An element that is not finite speaks for itself, and not for others.
+        `loss` is the size of the loss for that of each entry of the solution.
         """
-        worth, scale = lax.stop_gradient((self.worth, self.scale))
+        # Of a solution that does not move, the distance is rounding.
+        rounding = lambda y: float(jnp.finfo(y.dtype).eps) ** 0.5 * y
+        size = jtu.tree_map(lambda x, y: x + rounding(y), self.change, largest_y)
+        worth, scale = lax.stop_gradient((self.worth, loss(size)))
         is_finite = jnp.isfinite(worth) & jnp.isfinite(scale)
         numbers = [jnp.where(is_finite, x, 0) for x in (worth, scale, 1.0)]
         if axes:
@@ -76,6 +91,10 @@ class Spurious(eqx.Module):
         tolerance = _tolerance + _tolerance_of_one / jnp.sqrt(jnp.maximum(num, 1))
         is_any = total_worth > tolerance * total_scale
         return is_any, is_any & (worth > tolerance * scale)
+
+
+def _change(y: Y, y0: Y) -> PyTree[Float[Array, "..."]]:
+    return jtu.tree_map(lambda x, x0: jnp.abs(x - x0), y, y0)
 
 
 def worth_of_distance(

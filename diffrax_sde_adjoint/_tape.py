@@ -41,15 +41,13 @@ class Tape(eqx.Module):
     of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
     are filled to the end but the last one, which holds what is left of `num_steps`.
     `snapshots` are at the start of each page. `largest_y` has the largest absolute
-    value of each entry of the solution, at any time, and `largest_change` that of its
-    difference from the initial one.
+    value of each entry of the solution, at any time.
     """
 
     ends: Float[Array, "pages steps_per_page_plus_1"]
     starts: Float[Array, "pages steps_per_page"] | None
     snapshots: SolveState | None
     largest_y: PyTree[Float[Array, "..."]]
-    largest_change: PyTree[Float[Array, "..."]] | None
     num_steps: Int[Array, ""]
 
     @property
@@ -137,7 +135,6 @@ def loop_and_record(
     steps_per_page: int,
     may_have_gaps: bool,
     take_snapshots: bool,
-    measure_change: bool,
 ) -> tuple[State, Tape]:
     """Runs the loop of a solve, and records it.
 
@@ -155,16 +152,11 @@ def loop_and_record(
         get_snapshot(init_state),
     )
 
-    def sizes_of(y):
-        if not measure_change:
-            return y, None
-        return y, jtu.tree_map(jnp.subtract, y, init_state.y)
-
     def is_running(state):
         return cond_fun(state) & (state.num_steps < max_steps)
 
     def fill_page(val):
-        state, prev_t1, largest, pages, all_snapshots = val
+        state, prev_t1, largest_y, pages, all_snapshots = val
         num_before = state.num_accepted_steps
         snapshot = get_snapshot(state)
 
@@ -174,7 +166,7 @@ def loop_and_record(
             return is_running(state) & (num_on_page < steps_per_page)
 
         def step(val):
-            state, prev_t1, largest, (starts, ends) = val
+            state, prev_t1, largest_y, (starts, ends) = val
             k = state.num_accepted_steps - num_before
             # A rejected step is overwritten by the next one.
             start, end = state.tprev, state.tnext
@@ -186,16 +178,16 @@ def loop_and_record(
             new_state = body_fun(state)
             is_accepted = new_state.num_accepted_steps > num_accepted
             prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
-            largest = jtu.tree_map(_larger, largest, sizes_of(new_state.y))
-            return new_state, prev_t1, largest, (starts, ends.at[k + 1].set(end))
+            largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
+            return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
 
         page = jtu.tree_map(
             lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
         )
-        state, prev_t1, largest, page = while_loop(
+        state, prev_t1, largest_y, page = while_loop(
             has_room,
             step,
-            (state, prev_t1, largest, page),
+            (state, prev_t1, largest_y, page),
             buffers=lambda val: buffers(val[0]),
             kind="lax",
         )
@@ -204,22 +196,19 @@ def loop_and_record(
         write = lambda new, old: old.at[i].set(new)
         pages = jtu.tree_map(write, page, pages)
         all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
-        return state, prev_t1, largest, pages, all_snapshots
+        return state, prev_t1, largest_y, pages, all_snapshots
 
     init_pages = (init_starts, init_ends)
-    init_largest = jtu.tree_map(jnp.abs, sizes_of(init_state.y))
-    final_state, _, (largest_y, largest_change), pages, snapshots = while_loop(
+    init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
+    final_state, _, largest_y, (starts, ends), snapshots = while_loop(
         lambda val: is_running(val[0]),
         fill_page,
-        (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
+        (init_state, init_state.tprev, init_largest_y, init_pages, init_snapshots),
         buffers=lambda val: (*buffers(val[0]), *val[3:]),
         kind="lax",
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
-    starts, ends = pages
-    return final_state, Tape(
-        ends, starts, snapshots, largest_y, largest_change, num_steps
-    )
+    return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
 
 
 def _larger(

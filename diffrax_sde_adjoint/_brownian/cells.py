@@ -32,6 +32,12 @@ class AbstractCells(eqx.Module):
     def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
         """The number of the edge nearest to a time."""
 
+    @abc.abstractmethod
+    def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
+        """The cell that holds a time, and what comes after: from an edge, which is what
+        a time within `tol` of one is, this is the cell to its right.
+        """
+
 
 class OneCell(AbstractCells):
     """The whole interval."""
@@ -55,6 +61,9 @@ class OneCell(AbstractCells):
 
     def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
         return (t - self.t0 > self.t1 - t).astype(jnp.int32)
+
+    def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
+        return jnp.asarray(0, jnp.int32)
 
 
 class ConstantStepCells(AbstractCells):
@@ -97,14 +106,25 @@ class ConstantStepCells(AbstractCells):
         return jnp.where(self.count == 1, self.t1 - self.t0, length)
 
     def nearest_edge(self, t: Float[Array, "..."]) -> Int[Array, "..."]:
-        # The quotient does not depend on `t`, so loops over queries evaluate it once.
-        rate = self.count.astype(self.t0.dtype) / (self.t1 - self.t0)
-        i = jnp.round((t - self.t0) * rate)
+        i = jnp.round((t - self.t0) * self._rate)
         i = jnp.clip(i.astype(jnp.int32), 0, self.count)
         # Edge 1 can lie anywhere between its even place and that of edge 2.
         one = jnp.ones_like(i)
         is_one = jnp.abs(t - self.edge(one)) < jnp.abs(t - self.edge(i))
         return jnp.where(is_one, one, i)
+
+    def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
+        # Not by comparing `t` to an edge, where there is a division: XLA would not fuse
+        # it with all that depends on the cell.
+        from_start = t - self.t0 + tol
+        i = jnp.floor(from_start * self._rate).astype(jnp.int32)
+        i = jnp.where(i > 1, i, (from_start >= self.dt).astype(jnp.int32))
+        return jnp.clip(i, 0, self.count)
+
+    @property
+    def _rate(self) -> Float[Array, ""]:
+        # Does not depend on a time, so loops over queries evaluate it once.
+        return self.count.astype(self.t0.dtype) / (self.t1 - self.t0)
 
 
 class ListedCells(AbstractCells):
@@ -130,3 +150,7 @@ class ListedCells(AbstractCells):
         i = jnp.clip(i, 1, self.count)
         is_left = t - self.edges[i - 1] < self.edges[i] - t
         return jnp.where(is_left, i - 1, i)
+
+    def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
+        i = jnp.searchsorted(self.edges, t + tol, "right", method="scan_unrolled")
+        return jnp.clip(i.astype(jnp.int32) - 1, 0, self.count)

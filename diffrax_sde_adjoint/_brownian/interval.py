@@ -37,7 +37,8 @@ from jaxtyping import (
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._errors import error_if, error_with_values_if
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
-from .increments import Increment, reverse_if
+from .draws import at_least_single
+from .increments import Increment
 from .query import any_query, draw_cell, run_if
 
 
@@ -366,20 +367,21 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         # Below the length of a cell, such that no time is two edges.
         tol = jnp.minimum(_tolerance(start, end, dtypes), 0.25 * cells.shortest)
 
-        left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-        edge = cells.nearest_edge(left)
-        from_edge = left - cells.edge(edge)
-        cell = jnp.where(from_edge >= -tol, edge, edge - 1)
+        cell = cells.cell_from(t0, tol)
 
         def evaluate(drawn):
+            left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
             is_within = (start - tol <= left) & (right <= end + tol)
             ts = error_with_values_if(
-                jnp.stack([left, right]), ~is_within, _bad_query, t0, t1, start, end
+                jnp.stack([t0, t1]), ~is_within, _bad_query, t0, t1, start, end
             )
             # XLA would move what does not depend on the loop out of it, and run it
             # always.
             ts, drawn = lax.optimization_barrier((ts, drawn))
-            out = any_query(
+            if drawn is not None:
+                # Recomputed, so that the loop does not carry it.
+                drawn = Increment(at_least_single(cells.length(cell)), drawn.components)
+            return any_query(
                 self.key,
                 cells,
                 cell,
@@ -390,11 +392,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
                 self.shape,
                 self._num,
             )
-            return reverse_if(t0 > t1, out)
 
         if isinstance(cells, OneCell):
             return self._to_diffrax(evaluate(None))
-        is_edge0 = jnp.abs(from_edge) <= tol
+        is_edge0 = jnp.abs(t0 - cells.edge(cell)) <= tol
         is_edge1 = jnp.abs(t1 - cells.edge(cell + 1)) <= tol
         is_cell = is_edge0 & is_edge1 & (cell < cells.count) & (t0 < t1)
         # In a batch, these are the steps of an element that is at its end.

@@ -55,10 +55,17 @@ def any_query(
 ) -> Increment:
     """From `ts[0]`, in `first_cell`, to `ts[1]`. A time within `tol` of an edge, or of
     a dyadic point of a cell, is that edge or point. `first_cell` may have been `drawn`.
+    If `ts[1]` is the smaller one, this is minus the query from there.
     """
+    is_reversed = ts[0] > ts[1]
+    ts = jnp.sort(ts)
+    first_cell = jnp.where(is_reversed, cells.cell_from(ts[0], tol), first_cell)
     cell, ends = _locate(cells, first_cell, ts, tol, levels)
     interval = refine.interval_between(ends, levels)
     is_simple = (interval == 1) | ((cell[0] == cell[1]) & (interval > 0))
+    if drawn is not None:
+        # Of a reversed query it is not the first cell.
+        is_simple = is_simple & ~is_reversed
     draw = lambda i: draw_cell(key, cells.length(i), i, shape, num)
 
     # In a batch, both are run for each element if any needs them. So that this takes no
@@ -85,7 +92,8 @@ def any_query(
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     inc = jtu.tree_map(zeros, jax.eval_shape(draw, cell[0])) if drawn is None else drawn
     inc = run_if(is_simple, simple, inc)
-    return run_if(~is_simple, general, inc)
+    inc = run_if(~is_simple, general, inc)
+    return increments.reverse_if(is_reversed, inc)
 
 
 def run_if(pred: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:

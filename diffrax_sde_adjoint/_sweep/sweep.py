@@ -76,6 +76,7 @@ class Sweep(eqx.Module):
 
     solver: diffrax.AbstractSolver
     tape: Tape
+    init_y: Y
     saved: Saved
     diff_inputs: SaveInputs
     diff_terms: PyTree[diffrax.AbstractTerm]
@@ -114,7 +115,8 @@ class Sweep(eqx.Module):
                 carry.state,
                 carry.grads.solver_state,
             )
-            return eqx.tree_at(lambda c: c.spurious, carry, carry.spurious.at(worth))
+            spurious = carry.spurious.at(worth, carry.state.y, self.init_y)
+            return eqx.tree_at(lambda c: c.spurious, carry, spurious)
 
         num = self.tape.num_pages
         if carry.spurious is not None:
