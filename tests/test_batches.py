@@ -84,6 +84,32 @@ def test_parameters_shared_over_some_axes(solver):
     assert relative_error(ours, theirs) < 1e-9
 
 
+def test_pages_of_which_states_are_kept():
+    """Long enough for the sweep to look at the states within them, of a batch whose
+    elements are elsewhere on their pages.
+    """
+    path = lambda key: BrownianInterval(0.0, 1.0, struct((), jnp.float64), key, dt=0.05)
+
+    def one(rate, t1, key, adjoint):
+        terms = make_terms(
+            lambda t, y, rate: -rate * y, lambda t, y, rate: rate * y, path(key)
+        )
+        y0 = jnp.array(1.0)
+        return diffrax.diffeqsolve(
+            terms, ReversibleHeun(), 0.0, t1, 0.05, y0, rate, adjoint=adjoint
+        ).ys
+
+    def loss(rate, adjoint):
+        t1s = jnp.array([1.0, 0.85, 0.3])
+        batch = jax.vmap(one, in_axes=(None, 0, 0, None))
+        return jnp.sum(batch(rate, t1s, keys(3), adjoint) ** 2)
+
+    gradient = eqx.filter_jit(jax.grad(loss))
+    ours = gradient(jnp.array(0.7), StochasticAdjoint(checkpoint_every=16))
+    theirs = gradient(jnp.array(0.7), diffrax.DirectAdjoint())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
 def test_no_gradient_for_each_element():
     """The gradient of shared weights is summed in a matrix product."""
     batch, width = 11, 7

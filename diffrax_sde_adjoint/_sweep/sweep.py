@@ -301,7 +301,12 @@ def arrive_at_page(carry: SweepState, page: Page) -> SweepState:
     """
     if page.snapshot is None:
         return carry
+    # Not all of `carry`: its sums over the batch must not become batched.
+    new = lambda c: (c.drift, c.state)
     is_start = page.first == 0
-    return jtu.tree_map(
-        lambda a, b: jnp.where(is_start, a, b), arrive(carry, page.snapshot), carry
+    arrived = jtu.tree_map(
+        lambda a, b: jnp.where(is_start, a, b),
+        new(arrive(carry, page.snapshot)),
+        new(carry),
     )
+    return eqx.tree_at(new, carry, arrived)
