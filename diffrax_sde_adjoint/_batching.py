@@ -16,6 +16,7 @@ Axes that come after differentiation, as in `vmap(grad(solve))`, are JAX's own a
 There the gradients of the elements are kept apart, as they should be.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -94,24 +95,31 @@ def _summed_vjp(fn, num_axes):
         return pull_back(cotangents)
 
     if num_axes == 0:
-        return product
+        # JAX keeps what it has traced.
+        return jax.jit(product, inline=True)
     product = jax.custom_batching.custom_vmap(product)
+
+    # Once for all calls alike. For a loop JAX makes many, as it finds out what in its
+    # carry is batched, and more for a loop in a loop.
+    @functools.cache
+    def batched_product(axis_size, treedef, is_batched):
+        shared, _, others, _ = jtu.tree_unflatten(treedef, is_batched)
+        to_axes = lambda batched: jtu.tree_map(lambda b: 0 if b else None, batched)
+        batched_fn = jax.vmap(
+            fn, in_axes=(to_axes(shared), 0, to_axes(others)), axis_size=axis_size
+        )
+        return _summed_vjp(batched_fn, num_axes - 1)
 
     @product.def_vmap
     def rule(axis_size, in_batched, shared, own, others, cotangents):
-        shared_batched, own_batched, others_batched, cotangents_batched = in_batched
+        shared_batched, own_batched, _, cotangents_batched = in_batched
         broadcast = lambda x, batched: jtu.tree_map(
             lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape)),
             x,
             batched,
         )
-        to_axes = lambda batched: jtu.tree_map(lambda b: 0 if b else None, batched)
-        batched_fn = jax.vmap(
-            fn,
-            in_axes=(to_axes(shared_batched), 0, to_axes(others_batched)),
-            axis_size=axis_size,
-        )
-        grads = _summed_vjp(batched_fn, num_axes - 1)(
+        is_batched, treedef = jtu.tree_flatten(in_batched)
+        grads = batched_product(axis_size, treedef, tuple(is_batched))(
             shared,
             broadcast(own, own_batched),
             others,
