@@ -3,21 +3,22 @@
 import importlib.metadata
 
 from ._adjoint import StochasticAdjoint as StochasticAdjoint
-from ._backward_sde import BackwardSDE as BackwardSDE
+from ._backward_sde.options import BackwardSDE as BackwardSDE
 from ._brownian import BrownianInterval as BrownianInterval
-from ._ito import (
-    ito_to_stratonovich as ito_to_stratonovich,
-    stratonovich_to_ito as stratonovich_to_ito,
-)
 from ._lipschitz import clip_lipschitz as clip_lipschitz, lipswish as lipswish
-from ._path_kl import path_kl as path_kl, path_kl_of_shift as path_kl_of_shift
-from ._sensitivity import forward_sensitivity as forward_sensitivity
 from ._solver import (
     EES25 as EES25,
     EES27 as EES27,
     AbstractReversibleSolver as AbstractReversibleSolver,
     Reversible as Reversible,
     ReversibleHeun as ReversibleHeun,
+)
+from ._transform import (
+    forward_sensitivity as forward_sensitivity,
+    ito_to_stratonovich as ito_to_stratonovich,
+    path_kl as path_kl,
+    path_kl_of_shift as path_kl_of_shift,
+    stratonovich_to_ito as stratonovich_to_ito,
 )
 
 

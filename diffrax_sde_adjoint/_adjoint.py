@@ -1,9 +1,10 @@
 """`StochasticAdjoint`: what it accepts, and the forward solve.
 
 A solve is diffrax's own, up to its loop over steps. This runs without derivatives, and
-records a tape (`_tape.py`); its derivative is a rule of its own (`_backward.py`).
-Everything before and after the loop, such as the initial state of the solver, the time
-of an event or the output of `diffeqsolve`, is differentiated by JAX.
+records a tape (`_forward/tape.py`); its derivative is a rule of its own
+(`_sweep/rule.py`). Everything before and after the loop, such as the initial state of
+the solver, the time of an event or the output of `diffeqsolve`, is differentiated by
+JAX.
 """
 
 import functools as ft
@@ -15,8 +16,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._backward import Backward, no_second_derivative
-from ._backward_sde import (
+from ._autodiff.custom_derivative import detach, with_derivative
+from ._backward_sde.options import (
     BackwardSDE,
     first_derivatives_only,
     look_at,
@@ -24,22 +25,17 @@ from ._backward_sde import (
     no_numerics,
     no_solver_state,
 )
-from ._batching import detach, with_derivative
+from ._backward_sde.rule import SolveBackwards
 from ._brownian.steps import warn_of_costly_steps
-from ._closures import hoist_closures, hoist_save_fns
-from ._compat import (
-    State,
-    is_unsafe_sde,
-    nondifferentiable,
-    nondifferentiable_backward,
-)
-from ._controllers import look_into, may_jump
-from ._saves import SaveInputs, get_save_states, get_saved
-from ._solve_backwards import SolveBackwards
+from ._compat import State, is_unsafe_sde, nondifferentiable, nondifferentiable_backward
+from ._forward.saved import SaveInputs, get_save_states, get_saved
+from ._forward.step_sizes import look_into, may_jump
+from ._forward.step_times import Loop, distinct, split_times
+from ._forward.tape import SolveState, loop_and_record, plain_while_loop
 from ._solver import ReversibleHeun, carried, check_sense, is_reversible
-from ._stages import in_forward_mode, without_loops
-from ._tape import SolveState, loop_and_record, plain_while_loop
-from ._times import Loop, distinct, split_times
+from ._solver.stage_loops import in_forward_mode, without_loops
+from ._sweep import Backward, no_second_derivative
+from ._term.hoisted import hoist_closures, hoist_save_fns
 
 
 _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."

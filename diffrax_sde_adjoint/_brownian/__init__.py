@@ -1,1 +1,3 @@
+"""Brownian motion: drawn, and drawn again, from one key."""
+
 from .interval import BrownianInterval as BrownianInterval

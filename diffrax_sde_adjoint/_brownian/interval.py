@@ -35,7 +35,7 @@ from jaxtyping import (
 )
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
-from .._errors import error_if, error_with_values_if
+from .._misc import error_if, error_with_values_if
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
 from .draws import at_least_single
 from .increments import Increment

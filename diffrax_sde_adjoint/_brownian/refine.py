@@ -29,9 +29,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .bridge import bridge
 from .cells import AbstractCells
+from .double_word import divide_differences
 from .draws import at_least_single
 from .increments import embed, halves, restrict, stds
-from .rounding import divide_differences
 
 
 # The points that halving makes and that times near them are taken for are at least this

@@ -1,3 +1,5 @@
+"""Solvers: those whose steps can be undone, and diffrax's with loops of other kinds."""
+
 from .base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     check_sense as check_sense,
@@ -5,8 +7,7 @@ from .base import (
     is_reversible as is_reversible,
     layers as layers,
 )
-from .ees25 import EES25 as EES25
-from .ees27 import EES27 as EES27
+from .ees import EES25 as EES25, EES27 as EES27
 from .forwarding import AbstractForwardingSolver as AbstractForwardingSolver
 from .reversible import Reversible as Reversible
 from .reversible_heun import (

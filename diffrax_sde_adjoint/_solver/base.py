@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from .._noise import AbstractConvertedDrift
+from .._term.noise import AbstractConvertedDrift
 
 
 _SolverState = TypeVar("_SolverState")

@@ -22,15 +22,8 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import (
-    Args,
-    BoolScalarLike,
-    DenseInfo,
-    RealScalarLike,
-    Y,
-    is_sde,
-)
-from .._reversal import reverse
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y, is_sde
+from .._term.reversed import reverse
 from .base import AbstractReversibleSolver, check_sense, is_kind
 from .forwarding import AbstractForwardingSolver
 

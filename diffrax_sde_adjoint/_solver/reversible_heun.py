@@ -27,16 +27,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import PyTree
 
-from .._compat import (
-    VF,
-    Args,
-    BoolScalarLike,
-    DenseInfo,
-    RealScalarLike,
-    Y,
-    prevbefore,
-)
-from .._products import check_products
+from .._compat import VF, Args, BoolScalarLike, DenseInfo, RealScalarLike, Y, prevbefore
+from .._term.products import check_products
 from .base import AbstractReversibleSolver, check_sense
 
 

@@ -1,11 +1,3 @@
-"""The backward sweep: the gradient of a solve, from its end and its tape."""
+"""The exact way back: the gradient of a solve from its end and its tape, by steps."""
 
-from .replay import replay as replay
-from .reverse import inverts_last_step as inverts_last_step, reverse as reverse
-from .staggered import can_stagger as can_stagger, staggered as staggered
-from .sweep import (
-    Cotangents as Cotangents,
-    Sweep as Sweep,
-    SweepState as SweepState,
-    arrive as arrive,
-)
+from .rule import Backward as Backward, no_second_derivative as no_second_derivative

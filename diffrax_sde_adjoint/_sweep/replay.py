@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
 
-from .._batching import maximum
+from .._autodiff.batched_vjp import maximum
 from .._compat import while_loop
-from .._tape import Page, Step
-from .._trees import zeros_like
+from .._forward.tape import Page, Step
+from .._misc import zeros_like
 from .sweep import Sweep, SweepState
 
 
@@ -27,7 +27,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
 
     def once(fn: Callable[[Step, _T], _T], step: Step, x: _T) -> _T:
         """`fn(step, x)`, apart from the arrays of all states, which are large: see
-        `_tape.py`.
+        `_forward/tape.py`.
         """
         times, others = eqx.partition(step, eqx.is_array)
 

@@ -4,15 +4,16 @@ A sweep goes from the last page of the tape to the first, and on each page from 
 step to the first:
 
 1. find the state at the start of the step;
-2. add what was saved within the step to the cotangent of its outputs (`_saves.py`);
+2. add what was saved within the step to the cotangent of its outputs
+   (`saved_outputs.py`);
 3. pull the cotangent of its outputs back to its inputs: the state at its start, for the
    step before, and `args` and `terms`, whose cotangents add up.
 
 The state at a step's start is that of the forward solve, up to rounding, so what this
 returns is the gradient of the numerical solution. The ways differ in the first point:
 
-- `reverse.py`: `solver.backward_step` undoes the step;
-- `staggered.py`: the same for `ReversibleHeun`, with 1 and 3 in one;
+- `undo.py`: `solver.backward_step` undoes the step;
+- `undo_staggered.py`: the same for `ReversibleHeun`, with 1 and 3 in one;
 - `replay.py`: the steps of a page are made again, and their states kept while the
   sweep is on the page.
 """
@@ -27,15 +28,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._batching import Axes, maximum, vjp, where_active
+from .._autodiff.batched_vjp import Axes, maximum, vjp, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
-from .._controls import evaluate_controls, with_controls
-from .._guard import Drift
-from .._saves import Position, Saved, SaveInputs
-from .._spurious import Spurious, worth_of_distance
-from .._stages import in_forward_mode
-from .._tape import Page, SolveState, Step, Tape
-from .._trees import add_where_given, zeros_like
+from .._forward.instability import Spurious, worth_of_distance
+from .._forward.return_error import Drift
+from .._forward.saved import SaveInputs
+from .._forward.tape import Page, SolveState, Step, Tape
+from .._misc import add_where_given, zeros_like
+from .._solver.stage_loops import in_forward_mode
+from .._term.known_control import evaluate_controls, with_controls
+from .saved_outputs import Position, Saved
 
 
 class Cotangents(eqx.Module):

@@ -1,0 +1,303 @@
+"""Functions whose derivative is a rule of our own, which sums over a batch.
+
+A `jax.custom_vjp` knows nothing of a batch: `jax.vmap` maps its rule over the elements,
+each by itself. So here a function with a rule for its derivative is a JAX primitive,
+and its batching rule is to become that primitive with one more axis. When it is
+differentiated, it is known over which axes it had been batched by then, which are the
+axes to sum over. The rule is evaluated under a `jax.vmap` over each, and finds the
+gradient of a shared parameter with `vjp` of `batched_vjp.py`.
+
+Axes that come after differentiation, as in `vmap(grad(solve))`, are JAX's own affair.
+There the gradients of the elements are kept apart, as they should be.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+from .batched_vjp import Axes, any_of
+
+
+_T = TypeVar("_T")
+
+
+class _Axis(NamedTuple):
+    """One over which a solve was batched, as the first axis of some of the arrays."""
+
+    size: int
+    is_batched: tuple[bool, ...]
+
+
+# What gives outputs their derivative, see `with_derivative`.
+Rule = Callable[[Any, Any, Any, Any, Any, Axes], tuple[Any, Any, Array]]
+
+
+class _Call:
+    """The rule, and how to put its arguments together from arrays. It is a parameter of
+    a primitive, and equal only to itself.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        arrays: PyTree[Array],
+        static: PyTree[Any],
+        no_forward_mode: str,
+    ):
+        self.rule = rule
+        self.no_forward_mode = no_forward_mode
+        self.treedef = jtu.tree_structure(arrays)
+        self.static = static
+        *_, outputs = arrays
+        self.num_outputs = len(jtu.tree_leaves(outputs))
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        # JAX may have made numbers of some.
+        leaves = [jnp.asarray(x) for x in leaves]
+        return eqx.combine(jtu.tree_unflatten(self.treedef, leaves), self.static)
+
+    def leaves(self, arguments: tuple[Any, Any, Any, Any]) -> list[Any]:
+        """The inverse of `arguments`. It does not look for arrays: JAX may have made
+        numbers of some.
+        """
+        is_none = lambda x: x is None
+        static = jtu.tree_leaves(self.static, is_leaf=is_none)
+        everything = jtu.tree_leaves(arguments, is_leaf=is_none)
+        return [
+            x
+            for x, other in zip(everything, static, strict=True)
+            if x is not None and other is None
+        ]
+
+
+def with_derivative(
+    rule: Rule,
+    shared: Any,
+    own: Any,
+    residuals: Any,
+    outputs: _T,
+    *,
+    no_forward_mode: str,
+) -> _T:
+    """`outputs`, as a differentiable function of `shared` and `own`.
+
+    `rule(perturbed, (shared, own), residuals, outputs, grad_outputs, axes)` returns the
+    cotangents of `shared` and `own`, for one element of a batch over `axes`. The
+    cotangents of `shared` are to be sums over all `axes` over which an array is not
+    batched. `perturbed` has `True` for each array that is differentiated. The third
+    thing that `rule` returns is whether the cotangents are to be replaced by NaN.
+    `no_forward_mode` is the message of the error in forward mode.
+    """
+    arrays, static = eqx.partition((shared, own, residuals, outputs), eqx.is_array)
+    arrays = jtu.tree_map(jnp.asarray, arrays)  # from those of NumPy
+    call = _Call(rule, arrays, static, no_forward_mode)
+    out = _with_derivative_p.bind(*jtu.tree_leaves(arrays), call=call, axes=())
+    *_, static_outputs = static
+    *_, output_arrays = arrays
+    out = jtu.tree_unflatten(jtu.tree_structure(output_arrays), out)
+    return eqx.combine(out, static_outputs)
+
+
+def detach(tree: _T) -> _T:
+    """`tree`, whose arrays have no derivative, for a function that is to be given
+    another `with_derivative`.
+
+    Unlike for `jax.lax.stop_gradient`, this is so for one differentiation: the
+    innermost one that any of the arrays takes part in. If a gradient is differentiated,
+    then in the outer differentiation they have their derivative.
+    """
+    arrays, others = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    return eqx.combine(jtu.tree_unflatten(treedef, _detach_p.bind(*leaves)), others)
+
+
+_detach_p = jex.core.Primitive("detach")
+_detach_p.multiple_results = True
+
+
+@_detach_p.def_impl
+def _detach_impl(*leaves):
+    return list(leaves)
+
+
+_detach_p.def_abstract_eval(_detach_impl)
+mlir.register_lowering(_detach_p, mlir.lower_fun(_detach_impl, multiple_results=True))
+
+
+def _detach_batch(leaves, dims):
+    return _detach_p.bind(*leaves), dims
+
+
+def _detach_jvp(primals, tangents):
+    del tangents
+    # Not bound again: an outer differentiation does not see that these were detached.
+    return list(primals), [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals]
+
+
+batching.primitive_batchers[_detach_p] = _detach_batch
+ad.primitive_jvps[_detach_p] = _detach_jvp
+
+
+_with_derivative_p = jex.core.Primitive("with_derivative")
+_with_derivative_p.multiple_results = True
+
+
+@_with_derivative_p.def_impl
+def _impl(*leaves, call, axes):
+    del axes
+    return list(leaves[len(leaves) - call.num_outputs :])
+
+
+_with_derivative_p.def_abstract_eval(_impl)
+mlir.register_lowering(_with_derivative_p, mlir.lower_fun(_impl, multiple_results=True))
+
+
+def _batch(leaves, dims, *, call, axes):
+    (size,) = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
+
+    def batch(i, x, dim):
+        if dim is not None:
+            return jnp.moveaxis(x, dim, 0), True
+        is_output = i >= len(leaves) - call.num_outputs
+        if is_output and eqx.is_inexact_array(x):
+            # So that there is one cotangent for each element.
+            return jnp.broadcast_to(x, (size, *x.shape)), True
+        return x, False
+
+    leaves, is_batched = zip(*map(batch, range(len(leaves)), leaves, dims), strict=True)
+    axes = (*axes, _Axis(size, is_batched))
+    out = _with_derivative_p.bind(*leaves, call=call, axes=axes)
+    return out, [0 if b else None for b in is_batched[len(leaves) - len(out) :]]
+
+
+batching.primitive_batchers[_with_derivative_p] = _batch
+
+
+def _jvp(primals, tangents, *, call, axes):
+    is_zero = lambda t: type(t) is ad.Zero or t.dtype == jax.dtypes.float0
+    tangents = [None if is_zero(t) else t for t in tangents]
+    tangents_of_outputs = tangents[len(tangents) - call.num_outputs :]
+    if any(t is not None for t in tangents_of_outputs):
+        # This is an outer differentiation, in which the outputs were not detached, of
+        # an inner one that did not come here: they have their derivative.
+        return _finish_jvp(
+            primals[len(primals) - call.num_outputs :], tangents_of_outputs
+        )
+    tangents = [
+        None if t is None else _in_reverse_p.bind(t, msg=call.no_forward_mode)
+        for t in tangents
+    ]
+    out, tangent_out = eqx.filter_jvp(
+        lambda *arguments: _differentiable(arguments, call=call, axes=axes),
+        call.arguments(primals),
+        jtu.tree_unflatten(call.treedef, tangents),
+    )
+    out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
+    return _finish_jvp(out, treedef.flatten_up_to(tangent_out))
+
+
+def _finish_jvp(out, tangent_out):
+    return list(out), [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
+        for x, t in zip(out, tangent_out, strict=True)
+    ]
+
+
+ad.primitive_jvps[_with_derivative_p] = _jvp
+
+
+# The identity, on the tangents of what has a rule in reverse mode only. There it is
+# transposed, and neither evaluated nor batched.
+_in_reverse_p = jex.core.Primitive("in_reverse")
+
+
+@_in_reverse_p.def_impl
+def _in_reverse_impl(tangent, *, msg):
+    raise ValueError(msg)
+
+
+def _in_reverse_batch(tangents, dims, *, msg):
+    raise ValueError(msg)
+
+
+_in_reverse_p.def_abstract_eval(lambda tangent, *, msg: tangent)
+mlir.register_lowering(
+    _in_reverse_p, mlir.lower_fun(_in_reverse_impl, multiple_results=False)
+)
+ad.deflinear2(_in_reverse_p, lambda cotangent, _, *, msg: [cotangent])
+batching.primitive_batchers[_in_reverse_p] = _in_reverse_batch
+
+
+@eqx.filter_custom_vjp
+def _differentiable(arguments, *, call, axes):
+    del call, axes
+    *_, outputs = arguments
+    return outputs
+
+
+@_differentiable.def_fwd
+def _differentiable_fwd(perturbed, arguments, *, call, axes):
+    del perturbed, call, axes
+    *_, outputs = arguments
+    return outputs, None
+
+
+@_differentiable.def_bwd
+def _differentiable_bwd(_, grad_outputs, perturbed, arguments, *, call, axes):
+    *perturbed, _, _ = perturbed
+    *_, residuals, outputs = arguments
+    grad_outputs = jtu.tree_map(_materialise_zeros, outputs, grad_outputs)
+    leaves = call.leaves(arguments)
+    names = tuple(object() for _ in axes)
+    is_batched = [
+        jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
+    ]
+
+    def rule(leaves, grad_outputs):
+        *inputs, residuals, outputs = call.arguments(leaves)
+        *grads, is_wrong = call.rule(
+            tuple(perturbed), tuple(inputs), residuals, outputs, grad_outputs, names
+        )
+
+        def finish(is_summed, grad, *is_batched):
+            if grad is None:
+                return None
+            pairs = zip(names, is_batched, strict=True)
+            shared_over = tuple(name for name, batched in pairs if not batched)
+            is_any_wrong = any_of(is_wrong, shared_over)
+            if shared_over and not is_summed:
+                grad = lax.psum(grad, shared_over)
+            return jnp.where(is_any_wrong, jnp.nan, grad)
+
+        is_none = lambda x: x is None
+        return tuple(
+            jtu.tree_map(partial(finish, is_summed), *trees, is_leaf=is_none)
+            for is_summed, *trees in zip((True, False), grads, *is_batched, strict=True)
+        )
+
+    to_axes = lambda tree: jtu.tree_map(lambda b: 0 if b else None, tree)
+    for name, axis, out_batched in zip(names, axes, is_batched, strict=True):
+        rule = jax.vmap(
+            rule,
+            in_axes=(to_axes(list(axis.is_batched)), 0),
+            out_axes=to_axes(out_batched),
+            axis_size=axis.size,
+            axis_name=name,
+        )
+    none = jtu.tree_map(lambda _: None, (residuals, outputs))
+    return *rule(leaves, grad_outputs), *none
+
+
+def _materialise_zeros(x: Array, grad: Array | None) -> Array | None:
+    if not eqx.is_inexact_array(x):
+        return None
+    return jnp.zeros_like(x) if grad is None else grad

@@ -1,0 +1,1 @@
+"""The backward SDE of Li et al. 2020: approximate gradients, by solving another SDE."""

@@ -1,0 +1,76 @@
+"""The derivative of a solve with respect to when its steps are made.
+
+The sweep takes the times of the steps as they were. Where these depend on something
+that is differentiated (`t0`, `t1`, `dt0`, or what is in a step size controller), this
+is a few numbers, and forward mode is the way: the loop is run once more, and takes the
+derivative with respect to them along.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import State
+
+
+class Loop(eqx.Module):
+    """The loop over the steps of a solve, and where it starts. `run` also returns what
+    the loop recorded. It refers to no array by closure.
+
+    There may be `None` in place of arrays, for what is to be combined with another.
+    """
+
+    run: Callable[[State], tuple[State, Any]]
+    init_state: State
+
+    def __call__(self) -> tuple[State, Any]:
+        return self.run(self.init_state)
+
+
+def distinct(tree: PyTree[Any]) -> PyTree[Any]:
+    """`tree`, with arrays that are no other's, so that they can be told by identity."""
+    return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+
+def split_times(loop: Loop, times: PyTree[Any]) -> tuple[Loop, Loop]:
+    """A loop of the arrays in `loop` that are in `times`, which are to be `distinct`,
+    and a loop of everything else.
+    """
+    ids = {id(x) for x in jtu.tree_leaves(times) if eqx.is_array(x)}
+    return eqx.partition(loop, lambda x: id(x) in ids)
+
+
+def pull_back_times(
+    times: Loop, rest: Loop, perturbed: Loop, grad_final_state: State
+) -> PyTree[Array | None]:
+    """The cotangents of those of `times` that are `perturbed`."""
+    diff, nondiff = eqx.partition(times, perturbed)
+    diff = eqx.filter(diff, eqx.is_inexact_array)
+
+    def final_state(diff):
+        state, _ = eqx.combine(diff, nondiff, rest)()
+        return eqx.filter(state, eqx.is_inexact_array)
+
+    # The controller may have numbers of other dtypes than that of the times.
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = jfu.ravel_pytree(diff)
+
+    def derivative(direction):
+        _, tangents = jax.jvp(lambda x: final_state(unravel(x)), (flat,), (direction,))
+        products = jtu.tree_map(product, grad_final_state, tangents)
+        return sum(jtu.tree_leaves(products), start=jnp.zeros((), flat.dtype))
+
+    def product(grad, tangent):
+        # Where either is zero there is no dependence, whatever the other is: outputs
+        # that were not written, or that nothing refers to, may have NaNs.
+        is_zero = (grad == 0) | (tangent == 0)
+        total = jnp.sum(jnp.where(is_zero, 0, grad * tangent))
+        return jnp.real(total).astype(flat.dtype)
+
+    return unravel(jax.vmap(derivative)(jnp.eye(flat.size, dtype=flat.dtype)))

@@ -1,0 +1,224 @@
+"""What a forward solve records for the backward sweep.
+
+That is when its accepted steps were made, one number a step (or two, and whether the
+step came after a jump, where the step size controller may leave gaps between steps);
+and, if wanted, snapshots of the solve every so many steps. Everything else about the
+forward solve can be found again from these and its end.
+
+The tape is cut into pages, and both the forward loop and the sweep are two nested
+loops: over pages, and over the steps of a page. Snapshots are taken at the start of
+each page. An inner loop handles one page alone. Where there are no snapshots this is
+for speed only: XLA runs the operations of a loop's body on the CPU one after the other
+if none of them touches a large array (512 bytes), and otherwise through a scheduler,
+which takes several times longer than a step of a small solve.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+
+from .._compat import BoolScalarLike, State, Y, while_loop
+
+
+class SolveState(eqx.Module):
+    """The state of a solve between two steps."""
+
+    y: Y
+    solver_state: PyTree[Any]
+
+
+class Tape(eqx.Module):
+    """The times of a solve's accepted steps, and snapshots of it.
+
+    Step `k` of page `i` ended at `ends[i, k + 1]`, after one that ended at `ends[i, k]`
+    (for the first step, this is where the solve starts). It started there or, where
+    there may be gaps between steps, at `starts[i, k]`. In the latter case the two ends
+    of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
+    are filled to the end but the last one, which holds what is left of `num_steps`.
+    `snapshots` are at the start of each page. `largest_y` has the largest absolute
+    value of each entry of the solution, at any time.
+    """
+
+    ends: Float[Array, "pages steps_per_page_plus_1"]
+    starts: Float[Array, "pages steps_per_page"] | None
+    snapshots: SolveState | None
+    largest_y: PyTree[Float[Array, "..."]]
+    num_steps: Int[Array, ""]
+
+    @property
+    def steps_per_page(self) -> int:
+        return self.ends.shape[-1] - 1
+
+    @property
+    def num_pages(self) -> Int[Array, ""]:
+        return -(-self.num_steps // self.steps_per_page)
+
+    def page(self, i: Int[Array, ""]) -> "Page":
+        ends, starts, snapshot = jtu.tree_map(
+            lambda x: x[i], (self.ends, self.starts, self.snapshots)
+        )
+        num_before = i * self.steps_per_page
+        num_steps = jnp.minimum(self.num_steps - num_before, self.steps_per_page)
+        first = jnp.zeros_like(num_steps)
+        return Page(ends, starts, snapshot, num_before, first, num_steps)
+
+    @property
+    def parts_per_page(self) -> int:
+        # Each part costs two more evaluations of the vector field, so none is short.
+        return 1 if self.steps_per_page < 16 else 2
+
+    def part(self, i: Int[Array, ""]) -> "Page":
+        """A page, or a half of it: then there is a point between two parts in every
+        solve of at least two steps.
+        """
+        page = self.page(i // self.parts_per_page)
+        if self.parts_per_page == 1:
+            return page
+        half = page.num_steps // 2
+        is_second = i % 2 == 1
+        first = jnp.where(is_second, half, 0)
+        num_steps = jnp.where(is_second, page.num_steps - half, half)
+        return eqx.tree_at(lambda p: (p.first, p.num_steps), page, (first, num_steps))
+
+
+class Step(eqx.Module):
+    """The accepted step number `index`, counted from zero, after one that ended at
+    `prev_t1`. In a batch, it may be that only other elements made so many steps.
+    """
+
+    prev_t1: Float[Array, ""]
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    made_jump: BoolScalarLike
+    index: Int[Array, ""]
+    is_made: BoolScalarLike
+
+
+class Page(eqx.Module):
+    """The `num_steps` steps of a page of a tape from its step `first` on. Before the
+    page, there are `num_before` others.
+    """
+
+    ends: Float[Array, " steps_per_page_plus_1"]
+    starts: Float[Array, " steps_per_page"] | None
+    snapshot: SolveState | None
+    num_before: Int[Array, ""]
+    first: Int[Array, ""]
+    num_steps: Int[Array, ""]
+
+    def step(self, k: Int[Array, ""], is_made: BoolScalarLike) -> Step:
+        k = self.first + k
+        index = self.num_before + k
+        end = self.ends[k + 1]
+        if self.starts is None:
+            start = self.ends[k]
+            return Step(start, start, end, False, index, is_made)
+        start = self.starts[k]
+        is_swapped_before = (k > 0) & (self.starts[k - 1] > self.ends[k])
+        prev_t1 = jnp.where(is_swapped_before, self.starts[k - 1], self.ends[k])
+        t0, t1 = jnp.minimum(start, end), jnp.maximum(start, end)
+        return Step(prev_t1, t0, t1, start > end, index, is_made)
+
+
+def loop_and_record(
+    cond_fun: Callable[[State], Bool[Array, ""]],
+    body_fun: Callable[[State], State],
+    init_state: State,
+    *,
+    max_steps: int,
+    buffers: Callable[[State], Any],
+    steps_per_page: int,
+    may_have_gaps: bool,
+    take_snapshots: bool,
+) -> tuple[State, Tape]:
+    """Runs the loop of a solve, and records it.
+
+    The arguments are those that diffrax calls its `outer_while_loop` with, and how to
+    record.
+    """
+    num_pages = max(1, math.ceil(max_steps / steps_per_page))
+    # Not zeros: in a batch, a step is made from here for elements that made none.
+    full = lambda *shape: jnp.full(shape, init_state.tprev)
+    init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
+    init_ends = full(num_pages, steps_per_page + 1)
+    get_snapshot = lambda s: SolveState(s.y, s.solver_state) if take_snapshots else None
+    init_snapshots = jtu.tree_map(
+        lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),
+        get_snapshot(init_state),
+    )
+
+    def is_running(state):
+        return cond_fun(state) & (state.num_steps < max_steps)
+
+    def fill_page(val):
+        state, prev_t1, largest_y, pages, all_snapshots = val
+        num_before = state.num_accepted_steps
+        snapshot = get_snapshot(state)
+
+        def has_room(val):
+            state, *_ = val
+            num_on_page = state.num_accepted_steps - num_before
+            return is_running(state) & (num_on_page < steps_per_page)
+
+        def step(val):
+            state, prev_t1, largest_y, (starts, ends) = val
+            k = state.num_accepted_steps - num_before
+            # A rejected step is overwritten by the next one.
+            start, end = state.tprev, state.tnext
+            num_accepted = state.num_accepted_steps
+            if starts is not None:
+                swap = jnp.asarray(state.made_jump)
+                start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
+                starts = starts.at[k].set(start)
+            new_state = body_fun(state)
+            is_accepted = new_state.num_accepted_steps > num_accepted
+            prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
+            largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
+            return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
+
+        page = jtu.tree_map(
+            lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
+        )
+        state, prev_t1, largest_y, page = while_loop(
+            has_room,
+            step,
+            (state, prev_t1, largest_y, page),
+            buffers=lambda val: buffers(val[0]),
+            kind="lax",
+        )
+        # The new trees go first, as buffers are trees themselves.
+        i = num_before // steps_per_page
+        write = lambda new, old: old.at[i].set(new)
+        pages = jtu.tree_map(write, page, pages)
+        all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
+        return state, prev_t1, largest_y, pages, all_snapshots
+
+    init_pages = (init_starts, init_ends)
+    init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
+    final_state, _, largest_y, (starts, ends), snapshots = while_loop(
+        lambda val: is_running(val[0]),
+        fill_page,
+        (init_state, init_state.tprev, init_largest_y, init_pages, init_snapshots),
+        buffers=lambda val: (*buffers(val[0]), *val[3:]),
+        kind="lax",
+    )
+    num_steps = jnp.asarray(final_state.num_accepted_steps)
+    return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
+
+
+def _larger(
+    largest: Float[Array, "*shape"], y: Inexact[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    # By entry, as XLA is slow to reduce arrays on a CPU, and would do so in every step.
+    return jnp.maximum(largest, jnp.abs(y))
+
+
+def plain_while_loop(*args: Any, checkpoints: int | None = None, **kwargs: Any) -> Any:
+    """The loop to give to diffrax where nothing is recorded or differentiated."""
+    del checkpoints
+    return while_loop(*args, kind="lax", **kwargs)

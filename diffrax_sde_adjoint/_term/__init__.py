@@ -1,0 +1,1 @@
+"""Terms: what noise is in them, and the same terms with one thing changed."""

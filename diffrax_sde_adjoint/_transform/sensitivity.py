@@ -1,0 +1,201 @@
+r"""Derivatives of the solution of an SDE, solved forwards together with it.
+
+In a direction $(\dot y_0, \dot\theta)$ of the initial state and the parameters, the
+derivative $\dot y$ of the solution of
+
+$\mathrm{d}y = f(y, \theta)\,\mathrm{d}t + g(y, \theta)\,\mathrm{d}W$
+
+is itself the solution of an SDE, along the same path,
+
+$\mathrm{d}\dot y
+= \left( \frac{\partial f}{\partial y} \dot y
++ \frac{\partial f}{\partial \theta} \dot\theta \right) \mathrm{d}t
++ \left( \frac{\partial g}{\partial y} \dot y
++ \frac{\partial g}{\partial \theta} \dot\theta \right) \mathrm{d}W,$
+
+in the sense (Itô or Stratonovich) of the first one: the derivative of its stochastic
+flow. All of it is one JVP of each vector field.
+"""
+
+from typing import Any, TypeAlias
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._compat import VF, RealScalarLike
+from .._term.base import is_single_term
+
+
+# With the derivatives in several directions, along a new first axis of every array.
+_WithTangents: TypeAlias = tuple[Any, Any]
+
+
+def _check(tree: PyTree[Array], dot_tree: PyTree[Array], name: str) -> PyTree[Array]:
+    """`dot_tree`, if it can be derivatives of `tree` in several directions. `None`, of
+    which there may be less than leaves, stands for zero.
+    """
+
+    def check(x: Any, dot_x: Any) -> Any:
+        if x is None or dot_x is None:
+            return None
+        if jnp.ndim(dot_x) == 0 or jnp.shape(dot_x)[1:] != jnp.shape(x):
+            raise ValueError(
+                f"`forward_sensitivity`: in `{name}`, each array of the second has to "
+                "have the shape of that of the first, behind one more axis for the "
+                f"directions. But there are {jnp.shape(dot_x)} and {jnp.shape(x)}."
+            )
+        return jnp.asarray(dot_x, jnp.result_type(x))
+
+    is_none = lambda x: x is None
+    if dot_tree is None:
+        return jtu.tree_map(lambda _: None, tree)
+    return jtu.tree_map(check, tree, dot_tree, is_leaf=is_none)
+
+
+class _Sensitivity(diffrax.AbstractTerm):
+    """A term of the solution, and of its derivatives."""
+
+    term: diffrax.AbstractTerm
+
+    def _push_forward(
+        self, fn: Any, y: _WithTangents, args: _WithTangents
+    ) -> _WithTangents:
+        """`fn` of the solution and `args`, and its derivatives."""
+        (y, dot_y), (args, dot_args) = y, args
+        diff_args, nondiff_args = eqx.partition(args, eqx.is_inexact_array)
+        dot_args = _check(diff_args, dot_args, "args = (args, dot_args)")
+        dot_y = _check(y, dot_y, "y0 = (y0, dot_y0)")
+
+        def push_forward(dot_y, dot_args):
+            out, dot_out = eqx.filter_jvp(
+                lambda y, diff_args: fn(y, eqx.combine(diff_args, nondiff_args)),
+                (y, diff_args),
+                (dot_y, dot_args),
+            )
+            # Where nothing moves, there is `None`.
+            return out, jtu.tree_map(
+                lambda x, dot_x: (
+                    jnp.zeros_like(x)
+                    if dot_x is None and eqx.is_inexact_array(x)
+                    else dot_x
+                ),
+                out,
+                dot_out,
+            )
+
+        return eqx.filter_vmap(push_forward, out_axes=(None, eqx.if_array(0)))(
+            dot_y, dot_args
+        )
+
+    def vf(self, t: RealScalarLike, y: _WithTangents, args: _WithTangents) -> VF:
+        return self._push_forward(lambda y, args: self.term.vf(t, y, args), y, args)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
+        return self.term.contr(t0, t1, **kwargs)
+
+    def prod(self, vf: VF, control: PyTree[Array]) -> _WithTangents:
+        vf, dot_vf = vf
+        product = lambda vf: self.term.prod(vf, control)
+        # Not the product with `dot_vf`: it is linear in what an operator does, but the
+        # operator need not be linear in its arrays.
+        of_one = lambda dot_vf: eqx.filter_jvp(product, (vf,), (dot_vf,))[1]
+        return product(vf), eqx.filter_vmap(of_one)(dot_vf)
+
+    def vf_prod(
+        self,
+        t: RealScalarLike,
+        y: _WithTangents,
+        args: _WithTangents,
+        control: PyTree[Array],
+    ) -> _WithTangents:
+        fn = lambda y, args: self.term.vf_prod(t, y, args, control)
+        return self._push_forward(fn, y, args)
+
+    def is_vf_expensive(
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y: _WithTangents,
+        args: _WithTangents,
+    ) -> bool:
+        return self.term.is_vf_expensive(t0, t1, y[0], args[0])
+
+
+def forward_sensitivity(terms: PyTree[diffrax.AbstractTerm]) -> diffrax.AbstractTerm:
+    r"""Terms that also carry derivatives of their solution: the pathwise derivatives
+    that are found by differentiating the stochastic flow.
+
+    ```python
+    sol = diffeqsolve(
+        forward_sensitivity(terms), solver, t0, t1, dt0, (y0, dot_y0), (args, dot_args)
+    )
+    ys, dot_ys = sol.ys
+    ```
+
+    The derivatives are those in $m$ directions, one for each entry of the new first
+    axis of `dot_y0` and `dot_args`. The solver makes them step by step, and so they are
+    those of the numerical solution: what `jax.jvp` of the solve gives, for explicit
+    steps of constant size. In contrast to it, they are there at every time at which the
+    solution is saved, as a part of it.
+
+    For a gradient this takes a direction for each parameter, where
+    [`diffrax_sde_adjoint.StochasticAdjoint`][] takes one sweep for all of them. It is
+    for few parameters, for derivatives of many outputs, or where the derivatives are
+    wanted along the way.
+
+    **Arguments:**
+
+    - `terms`: a term, or a [`diffrax.MultiTerm`][] of any number of them, for any
+        noise.
+
+    **Returns:**
+
+    A term of the same structure, for which
+
+    - `y0` is a pair: of the initial state, and of its derivatives, which is the same
+        PyTree with every array of one more axis at the front, of size $m$.
+    - `args` is a pair: of `args`, and of its derivatives likewise. In place of an array
+        of these, or of all of them, there may be `None` for zero; and there should be
+        in place of what is not a floating-point array.
+
+    Parameters that are not in `args` but in `terms` have no derivative.
+
+    **Raises:**
+
+    `ValueError` if `terms` is not a term, and when they are evaluated, if a derivative
+    does not have the shape described.
+
+    **Cost:**
+
+    Memory and time of a step are those of $m$ JVPs of it; there is no backward pass.
+    An adaptive step size controller sees the derivatives as part of the state.
+
+    !!! note
+
+        Solvers that are for one kind of noise may need another one for the derivatives:
+        these have general noise, unless noise is scalar or additive. Those of
+        Milstein's, for commutative noise, still converge.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{tzen2019neural,
+            author={Tzen, Belinda and Raginsky, Maxim},
+            title={{N}eural {S}tochastic {D}ifferential {E}quations: {D}eep {L}atent
+                   {G}aussian {M}odels in the {D}iffusion {L}imit},
+            year={2019},
+            journal={arXiv preprint arXiv:1905.09883},
+            note={Section 5}
+        }
+        ```
+    """
+    if not isinstance(terms, diffrax.AbstractTerm):
+        raise ValueError(
+            "`forward_sensitivity(terms)` must be a term, such as "
+            "`diffrax.MultiTerm(diffrax.ODETerm(...), diffrax.ControlTerm(...))`, but "
+            f"is of type `{type(terms).__name__}`."
+        )
+    return jtu.tree_map(_Sensitivity, terms, is_leaf=is_single_term)

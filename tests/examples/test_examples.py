@@ -1,0 +1,429 @@
+"""The examples learn."""
+
+import importlib
+from pathlib import Path
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.stats
+from diffrax import DirectAdjoint, LinearInterpolation, Midpoint
+
+from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example, as if it was run from its folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    return importlib.import_module
+
+
+def test_training_continues_from_a_checkpoint(example, tmp_path):
+    common = example("common")
+    settings = dict(decay=0.9, shape=(2, 3))
+
+    def step(state, i):
+        state = 0.9 * state + jr.normal(jr.key(i), state.shape)
+        return state, jnp.mean(state)
+
+    start = jnp.zeros(3)
+    whole, losses = common.train(step, start, 8, settings, tmp_path)
+    assert losses.shape == (8,)
+    resume = tmp_path / "train_4.eqx"
+    resumed, later = common.train(step, start, 8, settings, tmp_path, resume)
+    assert jnp.array_equal(resumed, whole)
+    assert np.array_equal(later, losses)
+    with pytest.raises(ValueError, match="is of a run with"):
+        common.train(step, start, 8, dict(decay=0.5), tmp_path, resume)
+
+
+def test_latent_sde(example, tmp_path):
+    scores = example("latent_sde").main(
+        steps=30, batch=8, dim=2, width=8, samples=2, out=tmp_path
+    )
+    assert scores["loss: last 10 steps"] < 0.85 * scores["loss: first 10 steps"]
+    assert (tmp_path / "latent_sde.png").stat().st_size > 10_000
+    assert (tmp_path / "train_30.eqx").exists()
+
+
+def test_latent_sde_mocap(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    count = lambda model: sum(x.size for x in jax.tree.leaves(model) if eqx.is_array(x))
+    assert count(eqx.filter_jit(mocap.LatentSDE)(jr.key(0))) == 11_605
+
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(0, 2 * np.pi, (11, 1, mocap.ANGLES))
+    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    split = dict(train=walks[:4], validation=walks[4:7], test=walks[7:])
+    monkeypatch.setattr(mocap, "load", lambda path: split)
+    settings = dict(data=tmp_path, held_out="test", out=tmp_path)
+    recipe = mocap.OURS._replace(windows=((60, 10),))
+    scores = mocap.main(recipe, **settings)
+    assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"] - 0.1
+    assert np.isfinite(scores["MSE"])
+    assert (tmp_path / "latent_sde_mocap.png").stat().st_size > 10_000
+
+    (tmp_path / "seed_0_split_0_60.eqx").unlink()  # so from step 45
+    assert mocap.main(recipe, **settings, resume=True) == scores
+    with pytest.raises(ValueError, match="is of a run with"):
+        mocap.main(recipe._replace(warp=0.1), **settings, resume=True)
+
+
+def test_cross_validation(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    level = np.arange(8, dtype=np.float32)
+    walks = np.broadcast_to(level[:, None, None], (8, 20, mocap.ANGLES))
+    monkeypatch.setattr(mocap, "load", lambda path: dict(train=walks))
+    # A model that predicts the mean of what it was trained on.
+    monkeypatch.setattr(
+        mocap, "train_model", lambda x, *_: (x.mean(axis=0), np.ones(2))
+    )
+    predict = lambda model, x, *_: np.broadcast_to(model, (mocap.SAMPLES, *x.shape))
+    monkeypatch.setattr(mocap, "predict", predict)
+    scores = mocap.main(data=tmp_path, out=tmp_path)
+    seen = [level[level % 4 != i % 4].mean() for i in range(8)]
+    assert scores["MSE"] == pytest.approx(np.mean((level - seen) ** 2))
+
+
+@pytest.mark.slow
+def test_latent_ode_mocap_by_the_recipe_of_the_paper(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    walks = np.random.default_rng(0).normal(size=(8, 20, mocap.ANGLES))
+    split = dict(train=walks.astype(np.float32))
+    monkeypatch.setattr(mocap, "load", lambda path: split)
+    recipe = mocap.PAPER._replace(kind="ode", windows=((20, 20),))
+    out = dict(data=tmp_path, out=tmp_path)
+    scores = mocap.main(recipe, **out, seeds=(0, 1))
+    assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"]
+    assert scores["MSE: +- over seeds"] > 0
+    with pytest.raises(ValueError, match="`windows`: there are 20 frames, not 21"):
+        mocap.main(recipe._replace(windows=((2, 21),)), **out)
+
+
+def test_motion_capture_data_are_checked(example, tmp_path):
+    path = tmp_path / "mocap35.mat"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"`data`: .* is not `mocap35.mat`"):
+        example("latent_sde_mocap").load(path)
+
+
+def test_windows_are_played_faster_or_slower(example):
+    window = example("latent_sde_mocap").window
+    ramp = jnp.arange(300, dtype=jnp.float32)[None, :, None]
+    ramps = jnp.broadcast_to(ramp, (100, 300, 2))
+    assert jnp.allclose(window(ramps, 300, 0.0, jr.key(0)), ramps)
+    parts = window(ramps, 60, 0.1, jr.key(0))
+    speed = jnp.diff(parts, axis=1)
+    assert jnp.allclose(speed, speed[:, :1], atol=1e-4)
+    assert 0.9 <= speed.min() < 0.92 and 1.08 < speed.max() <= 1.1001
+    assert 0 <= parts.min() < 10 and 289 < parts.max() <= 299
+    # There are no more than 300 frames to be played faster.
+    parts = window(ramps, 290, 0.1, jr.key(0))
+    assert parts.min() >= 0 and parts.max() <= 299.001
+
+
+@pytest.mark.parametrize(
+    "process", ["lorenz", pytest.param("gbm", marks=pytest.mark.slow)]
+)
+def test_latent_sde_synthetic(example, tmp_path, process):
+    scores = example("latent_sde_synthetic").main(
+        process=process, steps=80, batch=8, observed=0.5, out=tmp_path
+    )
+    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
+    assert (tmp_path / f"{process}.png").stat().st_size > 10_000
+
+
+def test_processes(example):
+    synthetic = example("latent_sde_synthetic")
+    lorenz, gbm = (synthetic.PROCESSES[name] for name in ("lorenz", "gbm"))
+    y = gbm.sample(4096, gbm.times, jr.key(0))
+    assert y.shape == (4096, 51, 1)
+    assert abs(jnp.mean(y[:, 0]) - 0.1) < 4 * 0.03 / 64
+    assert abs(jnp.std(y[:, 0]) - 0.03) < 4 * 0.03 / 64
+    log = jnp.log(jnp.abs(y[:, -1] / y[:, 0]))  # normal, of these moments
+    assert abs(jnp.mean(log) - (1 - 0.125)) < 4 * 0.5 / 64
+    assert abs(jnp.std(log) - 0.5) < 4 * 0.5 / 64
+    y = jax.jit(lorenz.sample, static_argnums=(0, 1))(64, 41, jr.key(0))
+    assert y.shape == (64, 41, 3)
+    assert 20 < y[:, -10:, 2].mean() < 30
+    fixed = jnp.array([[72**0.5, 72**0.5, 27]])
+    assert jnp.allclose(synthetic._lorenz_drift(0.0, fixed, None), 0, atol=1e-12)
+
+
+def test_energy_distance(example):
+    energy_distance = example("latent_sde_synthetic").energy_distance
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 300, 5))
+    distance, bound = energy_distance(x, y)
+    assert abs(distance) < 2 * bound
+    many = [energy_distance(*rng.normal(size=(2, 5, 2)))[0] for _ in range(400)]
+    assert abs(np.mean(many)) < 4 * scipy.stats.sem(many)  # no bias
+    # Of normal distributions a distance `d` apart, in one dimension:
+    # 2 E|d + sqrt(2) z| - 2 E|sqrt(2) z|.
+    x, y = rng.normal(size=(2, 2000, 1))
+    d = 1.0
+    norm = scipy.stats.norm
+    folded = 2 * norm.pdf(d / 2**0.5) * 2**0.5 + d * (2 * norm.cdf(d / 2**0.5) - 1)
+    exact = 2 * folded - 4 / np.pi**0.5
+    distance, bound = energy_distance(x, y + d)
+    assert abs(distance - exact) < 0.1 * exact
+    assert bound < 0.02 * exact
+
+
+@pytest.mark.parametrize(
+    "measured", [(), pytest.param(((2, 4), (2, 64)), marks=pytest.mark.slow)]
+)
+def test_dlgm_diffusion_limit(example, tmp_path, measured):
+    scores = example("dlgm_diffusion_limit").main(
+        steps=50,
+        batch=16,
+        width=4,
+        layers=(2,),
+        all_steps=(4, 16, 64),
+        measured=measured,
+        out=tmp_path,
+    )
+    for name in ("2 layers", "SDE"):
+        first, last = (scores[f"loss: {x} 10 steps: {name}"] for x in ("first", "last"))
+        assert last < 0.95 * first
+    # The paper's two estimators are the same; and in the limit, all three.
+    distance = lambda name, n: scores[f"distance: {name}: {n} steps"]
+    backpropagation, flow, ours = (
+        "backpropagation through Euler",
+        "stochastic flow, forwards",
+        "StochasticAdjoint, reversible Heun",
+    )
+    for n in (4, 16, 64):
+        assert abs(distance(flow, n) - distance(backpropagation, n)) < 1e-4
+    assert distance(backpropagation, 64) < 0.5 * distance(backpropagation, 4)
+    assert distance(ours, 16) < distance(ours, 4)
+    assert (tmp_path / "dlgm_diffusion_limit.png").stat().st_size > 10_000
+
+
+def test_sde_gan(example, tmp_path):
+    scores = example("sde_gan").main(
+        data="ou",
+        steps=60,
+        batch=64,
+        learning_rates=(2e-3, 2e-3),
+        metric_steps=5,
+        samples=100,
+        out=tmp_path,
+    )
+    assert all(map(np.isfinite, scores.values()))
+    mmd = lambda kind: scores[f"MMD^2 of marginals: {kind}"]
+    assert mmd("generator") < 0.3 * mmd("untrained")
+    assert (tmp_path / "ou.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sde_gan_with_a_penalty(example, tmp_path):
+    gan = example("sde_gan")
+    settings = dict(
+        held_out="validation",
+        solver="midpoint",
+        penalty=1e5,
+        steps=40,
+        batch=16,
+        learning_rates=(1e-12, 1e-3),
+        metric_steps=2,
+        samples=20,
+        out=tmp_path,
+    )
+    scores = gan.main(**settings)
+    assert np.isfinite(scores["loss: last 10 steps"])
+    resumed = gan.main(**settings, resume=tmp_path / "train_20.eqx")
+    assert resumed == scores
+
+
+def test_path_of_series(example):
+    gan = example("sde_gan")
+    series = jr.normal(jr.key(0), (3, gan.TIMES, 2), jnp.float32)
+    path = gan.SeriesPath(series)
+    line = LinearInterpolation(gan.times(), jnp.swapaxes(series, 0, 1))
+    for t0, t1 in zip(gan.times(), gan.times()[1:], strict=False):
+        expected = line.evaluate(t0, t1)
+        assert jnp.allclose(path.evaluate(t0, t1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_averages_of_generators(example):
+    gan = example("sde_gan")
+    models = jr.normal(jr.key(0), (7, 3), jnp.float32)
+    average = jnp.zeros(3, jnp.float32)
+    for i, model in enumerate(models):
+        average = gan.averaged(average, model, jnp.asarray(i - 3))
+        assert i > 3 or jnp.allclose(average, model, rtol=1e-5)
+    assert jnp.allclose(average, models[3:].mean(axis=0), rtol=1e-6)
+
+
+def test_data_of_the_sde_gan(example):
+    gan = example("sde_gan")
+    y = gan.ornstein_uhlenbeck(4096, 0)[..., 0]
+    t = np.arange(64)
+    mean = 0.2 * t - 2 + 2 * np.exp(-0.1 * t)
+    var = np.exp(-0.2 * t) / 3 + 0.4**2 * (1 - np.exp(-0.2 * t)) / 0.2
+    assert np.all(np.abs(y.mean(axis=0) - mean) < 4.5 * np.sqrt(var / 4096))
+    assert np.all(np.abs(y.var(axis=0) / var - 1) < 4.5 * np.sqrt(2 / 4096))
+    lag = np.mean((y[:, 40] - mean[40]) * (y[:, 30] - mean[30]))
+    assert abs(lag / (np.exp(-1) * var[30]) - 1) < 0.25
+
+    split = gan.glucose_windows()
+    sizes = {name: len(x) for name, x in split.items()}
+    assert sizes["train"] > 2 * sizes["test"] > 4 * sizes["validation"] > 1000
+    parts = []
+    for x in split.values():
+        assert x.shape[1:] == (64, 1) and np.isfinite(x).all()
+        # Four hours of readings are found in one part only.
+        parts.append({w.tobytes() for y in x for w in (y[:16], y[-16:])})
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    start = gan.load("glucose", "test").train[:, 0]
+    assert abs(start.mean()) < 1e-4 and abs(start.std() - 1) < 1e-4
+
+
+def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
+    """Its networks are, and so the critic never magnifies the distance of two paths by
+    more than what follows step by step.
+    """
+    gan = example("sde_gan")
+    monkeypatch.setattr(gan, "TIMES", 3)
+    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
+    names = ("initial", "drift", "field", "readout")
+    scaled = lambda model, scale: jax.tree.map(
+        lambda x: scale * x if eqx.is_array(x) else x, model
+    )
+    large = gan.clip_lipschitz(scaled(critic, 40.0))
+    # Weights as large as they may be, and biases where activations are steep.
+    steep = gan.clip_lipschitz(
+        jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_array(x) else x, critic)
+    )
+    for name in names[:3]:
+        biases = lambda model, name=name: [x.bias for x in getattr(model, name).layers]
+        first, last = biases(steep)
+        values = [jnp.full_like(first, 2.4), jnp.full_like(last, -2.2)]
+        steep = eqx.tree_at(biases, steep, values)
+
+    keys = jr.split(jr.key(1), 5)
+
+    def slope(network):
+        layers = getattr(network, "layers", [network])
+        shape = (1000, layers[0].weight.shape[1])
+        x = 0.3 * jr.normal(keys[0], shape, jnp.float32)
+        size = 10 ** jr.uniform(keys[1], (1000, 1), jnp.float32, -1, 1)
+        y = x + size * jr.uniform(keys[2], shape, jnp.float32, 0.5, 1)
+        moved = jnp.abs(jax.vmap(network)(x) - jax.vmap(network)(y)).sum(axis=1)
+        return jnp.max(moved / jnp.abs(x - y).sum(axis=1))
+
+    for name in names:
+        assert slope(getattr(large, name)) <= 1.001
+        assert 0.6 < slope(getattr(steep, name)) <= 1.001
+        first = lambda network: getattr(network, "layers", [network])[0].weight
+        wrong = eqx.tree_at(first, getattr(steep, name), replace_fn=lambda x: 2 * x)
+        assert slope(wrong) > 1.1
+
+    x = jnp.cumsum(0.1 * jr.normal(keys[3], (512, 3, 1), jnp.float32), axis=1)
+    size = 10 ** jr.uniform(keys[4], (256, 1, 1), jnp.float32, -3, 0)
+    shift = jnp.broadcast_to(size, (256, 3, 1))
+    change = size * jr.normal(keys[0], shift.shape, jnp.float32)
+    change = jnp.concatenate([shift, change])  # some move as a whole
+
+    def bound(x, change):
+        start, step, step_change = jnp.abs(change[0]), jnp.diff(x), jnp.diff(change)
+        y = yhat = start
+        for s, d in jnp.abs(jnp.stack([step, step_change], axis=-1)):
+            # Of the vector field times the step, at a distance of the states.
+            apart = lambda distance, s=s, d=d: (1 + s) * distance + gan.HIDDEN * d
+            before = apart(yhat)
+            yhat = 2 * y + yhat + before
+            y = y + 0.5 * (before + apart(yhat))
+        return start + y
+
+    bounds = jax.vmap(bound)(x[..., 0], change[..., 0])
+
+    @eqx.filter_jit
+    def part_of_bound(critic):
+        distance = gan.criticise(critic, x + change) - gan.criticise(critic, x)
+        return jnp.max(jnp.abs(distance) / bounds)
+
+    assert part_of_bound(large) <= 1
+    assert 0.3 < part_of_bound(steep) <= 1
+    for name in ("initial", "readout"):  # The others end in tanh.
+        part = lambda model, name=name: getattr(model, name)
+        wrong = eqx.tree_at(part, steep, scaled(part(steep), 8.0))
+        assert part_of_bound(wrong) > 1
+
+
+@pytest.mark.parametrize(
+    "solver, reference",
+    [(ReversibleHeun(), diffrax.ReversibleHeun()), (Midpoint(), Midpoint())],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_penalty_gradient(example, monkeypatch, solver, reference):
+    """It is that of reverse over reverse mode, of an adjoint that can do so."""
+    gan = example("sde_gan")
+    monkeypatch.setattr(gan, "TIMES", 4)
+    critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
+    critic = jax.tree.map(lambda x: 2 * x if eqx.is_array(x) else x, critic)
+    series = jr.normal(jr.key(1), (3, 4, 1), jnp.float32)
+
+    def penalty(critic):
+        method = gan.Method(reference, DirectAdjoint())
+        total = lambda series: jnp.sum(gan.criticise(critic, series, method))
+        norm = jnp.sqrt(jnp.sum(jax.grad(total)(series) ** 2, axis=(1, 2)))
+        return 10 * jnp.mean((norm - 1) ** 2)
+
+    expected = eqx.filter_jit(eqx.filter_grad(penalty))(critic)
+    method = gan.Method(solver, StochasticAdjoint(checkpoint_every=2))
+    found = eqx.filter_jit(gan.penalty_gradient)(critic, series, 10.0, method)
+    # Of a bias that has no part in it, there is none.
+    found = eqx.apply_updates(jax.tree.map(jnp.zeros_like, expected), found)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-3, atol=1e-4 * jnp.max(jnp.abs(b)))
+    assert jnp.max(jnp.abs(found.field.layers[0].weight)) > 1e-3
+
+
+def test_series_metrics(example):
+    metrics = example("series_metrics")
+    rng = np.random.default_rng(0)
+    walks = np.cumsum(rng.normal(size=(3, 600, 20, 1)), axis=2).astype(np.float32)
+    x, y, z = walks
+    drifting = 0.8 * np.arange(20, dtype=np.float32)[:, None]
+
+    # Of a straight line from zero, a term of the signature is a product of lengths,
+    # by the factorial of their number.
+    line = np.linspace(0, 2, 20)[None, :, None]
+    terms = metrics.signatures(line)[0]
+    assert len(terms) == 2 + 4 + 8 + 16 + 32
+    assert np.allclose(terms[:6], [1, 2, 0.5, 1, 1, 2], atol=1e-12)
+    assert np.isclose(terms[-1], 2**5 / 120)
+    # A constant goes up first, and time passes later.
+    terms = metrics.signatures(np.full((1, 9, 1), 3.0))[0]
+    assert np.allclose(terms[:6], [1, 3, 0.5, 0, 3, 4.5])
+
+    # Two samples of a distribution, and another one.
+    for metric in (metrics.marginal_mmd, metrics.signature_mmd):
+        assert abs(metric(x, y)) < 0.2 * metric(x + drifting, y)
+    # A normal distribution of mean `d`, and kernels of the width of another one.
+    d, num = 1.5, 2000
+    normal = rng.normal(size=(2, num, 6, 1))
+    exact = 2 / 3**0.5 * (1 - np.exp(-(d**2) / 6))
+    assert abs(metrics.marginal_mmd(normal[0] + d, normal[1]) - exact) < 0.02
+
+    alike = metrics.classification_accuracy(
+        (x[:300], y[:300]), (x[300:], y[300:]), 60, 0
+    )
+    assert 0.4 < alike < 0.6
+    differ = (x[:300], y[:300] + drifting), (x[300:], y[300:] + drifting)
+    assert metrics.classification_accuracy(*differ, 60, 0) > 0.8
+    # What comes next is learned from series that also drift, not from others.
+    loss = lambda train: metrics.prediction_loss(train, z + drifting, 150, 0)
+    assert loss(x + drifting) < 0.8 * loss(x - drifting)
+
+    other = metrics.gaussian_increments(x, 5000, 0)
+    assert np.allclose(other.mean(axis=0), x.mean(axis=0), atol=0.5)
+    spread = np.diff(other, axis=1).std(axis=0)
+    assert np.allclose(spread, np.diff(x, axis=1).std(axis=0), rtol=0.1)
