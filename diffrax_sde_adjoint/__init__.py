@@ -3,7 +3,7 @@
 import importlib.metadata
 
 from ._adjoint import StochasticAdjoint as StochasticAdjoint
-from ._backward_sde.options import BackwardSDE as BackwardSDE
+from ._backward_sde import BackwardSDEAdjoint as BackwardSDEAdjoint
 from ._brownian import BrownianInterval as BrownianInterval
 from ._lipschitz import clip_lipschitz as clip_lipschitz, lipswish as lipswish
 from ._solver import (

@@ -95,7 +95,7 @@ callback_log.addFilter(_is_new)
 
 
 def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
-    """Of the same shapes and dtypes as the leaves, which may be structs."""
+    """Zeros of the shapes and dtypes of the leaves, which may be structs."""
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 

@@ -20,7 +20,7 @@ public = [
 def test_public_names():
     assert set(public) == {
         "StochasticAdjoint",
-        "BackwardSDE",
+        "BackwardSDEAdjoint",
         "BrownianInterval",
         "ReversibleHeun",
         "EES25",

@@ -30,26 +30,27 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._misc import zeros_like
-from .._solver import AbstractForwardingSolver, is_kind
+from .._solver import AbstractForwardingSolver, has_layer
 from .._solver.unrolled_srk import is_for_additive_noise
 from .._term.base import is_single_term
-from .._term.reversed import reverse_control
+from .._term.reversed import reversed_control
 from .._transform.ito import correction
 
 
 # The solution and its cotangent; inside of a step of the quadrature, also `q`.
-_LiftedY: TypeAlias = tuple[Y, Y] | tuple[Y, Y, Float[Array, ""]]
+_AdjointY: TypeAlias = tuple[Y, Y] | tuple[Y, Y, Float[Array, ""]]
 # What moves the solution: time, Brownian motion, or another control.
 Role: TypeAlias = Literal["drift", "noise", "control"]
 
 
-class System(eqx.Module):
-    """An SDE whose terms and `args` have some arrays that are differentiated: the
-    others are in `nondiff`.
+class ForwardTerms(eqx.Module):
+    """The SDE of the forward solve. Its terms and `args` have some arrays that are
+    differentiated, which its methods are functions of, and the others are in `nondiff`.
     """
 
     nondiff: tuple[PyTree[diffrax.AbstractTerm], Args]
@@ -80,80 +81,66 @@ class System(eqx.Module):
         return terms[i].vf_prod(t, y, args, control)
 
 
-class _Matrix(eqx.Module):
-    """Of the lifted solution by the control: for each leaf of the former, the PyTree of
-    the latter.
+class AdjointTerm(diffrax.AbstractTerm):
+    """Term number `index` of the `forward` SDE, for the solution and its cotangent,
+    backwards: its time is minus that of the forward SDE.
+
+    `diff_of_q` is $\\theta'$ above, if there is `q`. With `is_ito`, the Itô solution is
+    that of the backward SDE.
     """
 
-    leaves: list[PyTree[Array]]
-    treedef: Any = eqx.field(static=True)
-
-    def mv(self, control: PyTree[Array]) -> PyTree[Array]:
-        def of_leaf(row):
-            products = jtu.tree_map(
-                lambda m, x: jnp.tensordot(m, x, axes=jnp.ndim(x)), row, control
-            )
-            return sum(jtu.tree_leaves(products)[1:], jtu.tree_leaves(products)[0])
-
-        return jtu.tree_unflatten(self.treedef, [of_leaf(x) for x in self.leaves])
-
-
-class LiftedTerm(diffrax.AbstractTerm):
-    """Term number `index` of a system, for the solution and its cotangent, backwards:
-    its time is minus that of the system.
-
-    `dash` is $\\theta'$ above, if there is `q`. With `is_ito`, the Itô solution is that
-    of the backward SDE.
-    """
-
-    system: System
+    forward: ForwardTerms
     diff: PyTree[Any]
     index: int = eqx.field(static=True)
     is_ito: bool = eqx.field(static=True)
-    dash: PyTree[Any] = None
+    diff_of_q: PyTree[Any] = None
 
     @property
     def role(self) -> Role:
-        return self.system.roles[self.index]
+        return self.forward.roles[self.index]
 
-    def _lift(
-        self, fn: Callable[[PyTree[Any], Y], Y], y: _LiftedY, sign: int
-    ) -> _LiftedY:
-        """Of `fn` of the parameters and the solution, and of its derivative."""
+    def _with_cotangent(
+        self, fn: Callable[[PyTree[Any], Y], Y], y: _AdjointY, sign: int
+    ) -> _AdjointY:
+        """What `fn` of the parameters and the solution adds to the latter, and its
+        derivative to the cotangent.
+        """
         y, a, *q = y
         out, pull_back = jax.vjp(lambda y: fn(self.diff, y), y)
         (grad,) = pull_back(a)
         scale = lambda sign, x: x if sign == 1 else jtu.tree_map(jnp.negative, x)
-        lifted = (scale(sign, out), scale(-sign, grad))
+        both = (scale(sign, out), scale(-sign, grad))
         if len(q) == 0:
-            return lifted
-        products = jtu.tree_map(lambda a, b: jnp.sum(a * b), a, fn(self.dash, y))
+            return both
+        products = jtu.tree_map(lambda a, b: jnp.sum(a * b), a, fn(self.diff_of_q, y))
         total = sum(jtu.tree_leaves(products), start=jnp.zeros_like(q[0]))
-        return *lifted, scale(-sign, total)
+        return *both, scale(-sign, total)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         if self.role == "drift":
             return t1 - t0
-        terms, _ = self.system.terms(self.diff)
-        return reverse_control(terms[self.index].contr(-t1, -t0, **kwargs))
+        terms, _ = self.forward.terms(self.diff)
+        return reversed_control(terms[self.index].contr(-t1, -t0, **kwargs))
 
     def vf_prod(
-        self, t: RealScalarLike, y: _LiftedY, args: Args, control: PyTree
-    ) -> _LiftedY:
+        self, t: RealScalarLike, y: _AdjointY, args: Args, control: PyTree
+    ) -> _AdjointY:
         if self.role == "drift":
             return self.prod(self.vf(t, y, args), control)
-        fn = lambda diff, y: self.system.increment(self.index, diff, -t, y, control)
-        return self._lift(fn, y, 1)
+        fn = lambda diff, y: self.forward.increment(self.index, diff, -t, y, control)
+        return self._with_cotangent(fn, y, 1)
 
-    def vf(self, t: RealScalarLike, y: _LiftedY, args: Args) -> Any:
+    def vf(self, t: RealScalarLike, y: _AdjointY, args: Args) -> Any:
         if self.role == "drift":
-            fn = lambda diff, y: self.system.rate(self.index, diff, -t, y)
-            out = self._lift(fn, y, -1)
-            roles = self.system.roles
+            fn = lambda diff, y: self.forward.rate(self.index, diff, -t, y)
+            out = self._with_cotangent(fn, y, -1)
+            roles = self.forward.roles
             if self.is_ito and self.index == roles.index("drift"):
                 for i, role in enumerate(roles):
                     if role == "noise":
-                        noise = LiftedTerm(self.system, self.diff, i, True, self.dash)
+                        noise = AdjointTerm(
+                            self.forward, self.diff, i, True, self.diff_of_q
+                        )
                         change = correction(noise, t, y, args)
                         if change is None:
                             continue
@@ -163,10 +150,9 @@ class LiftedTerm(diffrax.AbstractTerm):
         matrix = jax.jacfwd(lambda control: self.vf_prod(t, y, args, control))(
             zeros_like(struct)
         )
-        treedef = jtu.tree_structure(y)
-        return _Matrix(treedef.flatten_up_to(matrix), treedef)
+        return lx.PyTreeLinearOperator(matrix, jax.eval_shape(lambda: y))
 
-    def prod(self, vf: Any, control: PyTree) -> _LiftedY:
+    def prod(self, vf: Any, control: PyTree) -> _AdjointY:
         if self.role == "drift":
             return jtu.tree_map(lambda x: x * jnp.asarray(control, x.dtype), vf)
         return vf.mv(control)
@@ -178,19 +164,20 @@ class LiftedTerm(diffrax.AbstractTerm):
         return True
 
 
-def _is_lifted(x: Any) -> bool:
-    return isinstance(x, LiftedTerm)
+def _is_adjoint_term(x: Any) -> bool:
+    return isinstance(x, AdjointTerm)
 
 
 def _get_diff(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[Any]:
-    """What is differentiated, which is the same in all lifted terms."""
-    leaves = jtu.tree_leaves(terms, is_leaf=_is_lifted)
-    return next(filter(_is_lifted, leaves)).diff
+    """What is differentiated, which is the same in all terms."""
+    leaves = jtu.tree_leaves(terms, is_leaf=_is_adjoint_term)
+    return next(filter(_is_adjoint_term, leaves)).diff
 
 
 class _Quadrature(AbstractForwardingSolver):
-    """A solver of lifted terms, which also integrates the cotangents of the parameters:
-    they are its state. So they are not among what a step size controller looks at.
+    """A solver of adjoint terms, which also integrates the cotangents of the
+    parameters: they are its state. So they are not among what a step size controller
+    looks at.
     """
 
     solver: diffrax.AbstractSolver
@@ -216,15 +203,15 @@ class _Quadrature(AbstractForwardingSolver):
         del made_jump
         q0 = jnp.zeros((), jnp.result_type(*jtu.tree_leaves(y0)))
 
-        def step(dash):
-            with_dash = jtu.tree_map(
+        def step(diff_of_q):
+            with_other = jtu.tree_map(
                 lambda x: (
-                    LiftedTerm(x.system, x.diff, x.index, x.is_ito, dash)
-                    if _is_lifted(x)
+                    AdjointTerm(x.forward, x.diff, x.index, x.is_ito, diff_of_q)
+                    if _is_adjoint_term(x)
                     else x
                 ),
                 terms,
-                is_leaf=_is_lifted,
+                is_leaf=_is_adjoint_term,
             )
             # Its state may hold what has `q` in it, which must not be taken over from
             # one step to the next: a derivative would be lost.
@@ -233,9 +220,9 @@ class _Quadrature(AbstractForwardingSolver):
                 # of `y` and `a`; that of `q` depends on `a`.
                 state = None
             else:
-                state = self.solver.init(with_dash, t0, t1, (*y0, q0), args)
+                state = self.solver.init(with_other, t0, t1, (*y0, q0), args)
             (y1, a1, q1), error, _, _, result = self.solver.step(
-                with_dash, t0, t1, (*y0, q0), args, state, False
+                with_other, t0, t1, (*y0, q0), args, state, False
             )
             return q1, ((y1, a1), error, result)
 
@@ -249,19 +236,19 @@ class _Quadrature(AbstractForwardingSolver):
 
 
 @functools.cache
-def _quadrature_of_kinds(kinds: tuple[type, ...]) -> type[_Quadrature]:
-    return types.new_class("Quadrature", (_Quadrature, *kinds))
+def _quadrature_of(classes: tuple[type, ...]) -> type[_Quadrature]:
+    return types.new_class("Quadrature", (_Quadrature, *classes))
 
 
 def make_quadrature(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """`solver`, for lifted terms: see `_Quadrature`. To diffrax it is of the same
-    kinds.
+    """`solver`, for adjoint terms: see `_Quadrature`. To diffrax it is of the same
+    classes.
     """
     # diffrax looks through one wrapper only, and `solver` may be one already.
-    kinds = (
+    classes = (
         diffrax.AbstractAdaptiveSolver,
         diffrax.AbstractImplicitSolver,
         diffrax.AbstractItoSolver,
         diffrax.AbstractStratonovichSolver,
     )
-    return _quadrature_of_kinds(tuple(x for x in kinds if is_kind(solver, x)))(solver)
+    return _quadrature_of(tuple(x for x in classes if has_layer(solver, x)))(solver)

@@ -60,11 +60,11 @@ class Spurious(eqx.Module):
 
     @staticmethod
     def none(y: Y, y0: Y) -> "Spurious":
-        """At the end of the solve."""
+        """What is known at the end of the solve."""
         return Spurious(jnp.zeros((), jnp.result_type(float)), _change(y, y0))
 
     def at(self, worth: Float[Array, ""], y: Y, y0: Y) -> "Spurious":
-        """With one more point of the solve."""
+        """The worth and the change with one more point of the solve."""
         worth = jnp.maximum(self.worth, jnp.abs(worth))
         change = jtu.tree_map(jnp.maximum, self.change, _change(y, y0))
         return Spurious(worth, change)

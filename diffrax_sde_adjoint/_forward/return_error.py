@@ -26,7 +26,7 @@ from .._compat import Y
 _root = 1 / 3
 near_exact_tolerance = float(jnp.finfo(jnp.float32).eps) ** _root
 
-did_not_return = (
+could_not_return = (
     "`adjoint=StochasticAdjoint()` could not undo the steps of the solve: going back "
     "from its end, it arrived too far from its start for the gradient to be right. The "
     "dynamics contract too much for the solver. Use `diffrax.Heun()` (Stratonovich) or "
@@ -46,41 +46,43 @@ def is_not_inverse(solver: diffrax.AbstractSolver) -> str:
     )
 
 
-class Drift(eqx.Module):
-    """How far a sweep has drifted from the solve.
+class ReturnError(eqx.Module):
+    """By how much the way back misses the states of the solve.
 
-    `worth` is what the differences between states that were found and those known are
-    worth to the loss, added up. `scale` is what it is compared with: the size of the
-    outputs times that of their cotangents. `tolerance` is how much of it is let pass.
+    `weighted_error` is what the differences between states that were found and those
+    known are worth to the loss, added up. `scale` is what it is compared with: the size
+    of the outputs times that of their cotangents. `tolerance` is how much of it is let
+    pass.
     """
 
-    worth: Float[Array, ""]
+    weighted_error: Float[Array, ""]
     scale: Float[Array, ""]
     tolerance: float = eqx.field(static=True)
 
     @staticmethod
-    def none(scale: Float[Array, ""], y: Y, least_tolerance: float) -> "Drift":
+    def none(scale: Float[Array, ""], y: Y, least_tolerance: float) -> "ReturnError":
         """At the end of the solve."""
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y)]
         tolerance = max([least_tolerance, *(x**_root for x in eps)])
-        return Drift(jnp.zeros((), jnp.result_type(float)), scale, tolerance)
+        return ReturnError(jnp.zeros((), jnp.result_type(float)), scale, tolerance)
 
     def arrived(
         self, found: PyTree[Any], known: PyTree[Any], grad: PyTree[Array | None]
-    ) -> "Drift":
+    ) -> "ReturnError":
         """At a state that is `known`, found as `found`, and with cotangent `grad`."""
 
-        def worth(grad, x, x0):
+        def weighted(grad, x, x0):
             return None if grad is None else jnp.sum(jnp.abs(grad * (x - x0)))
 
-        more = jtu.tree_map(worth, grad, found, known, is_leaf=lambda x: x is None)
-        return eqx.tree_at(lambda drift: drift.worth, self, self.worth + _total(more))
+        more = jtu.tree_map(weighted, grad, found, known, is_leaf=lambda x: x is None)
+        total = self.weighted_error + _total(more)
+        return eqx.tree_at(lambda x: x.weighted_error, self, total)
 
     def is_too_large(self) -> Bool[Array, ""]:
         """Whether gradients are wrong, by more than what is tolerated. NaNs are let
         pass: they speak for themselves.
         """
-        return self.worth > self.tolerance * self.scale
+        return self.weighted_error > self.tolerance * self.scale
 
 
 def size_of_loss(

@@ -2,21 +2,10 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import Args, SaveState, State
-
-
-class SaveInputs(eqx.Module):
-    """What saved outputs depend on beside the state: `args`, and of each `SubSaveAt`
-    its function and its times. Also the cotangents of these, where differentiated.
-    """
-
-    args: Args
-    fns: list[Any]
-    ts: list[Any]
+from .._compat import SaveState, State
 
 
 def get_save_states(state: State) -> list[SaveState]:

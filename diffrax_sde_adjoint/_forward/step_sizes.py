@@ -68,7 +68,7 @@ class _HoistedController(diffrax.AbstractStepSizeController):
         return self.decide(self.controller, times, (y0, y1_candidate, args, y_error))
 
 
-def look_into(
+def close_over_controller(
     controller: diffrax.AbstractStepSizeController,
     terms: PyTree[diffrax.AbstractTerm],
     solver: diffrax.AbstractSolver,

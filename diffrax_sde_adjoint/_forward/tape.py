@@ -20,7 +20,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._compat import BoolScalarLike, State, Y, while_loop
 
@@ -165,22 +165,7 @@ def loop_and_record(
             num_on_page = state.num_accepted_steps - num_before
             return is_running(state) & (num_on_page < steps_per_page)
 
-        def step(val):
-            state, prev_t1, largest_y, (starts, ends) = val
-            k = state.num_accepted_steps - num_before
-            # A rejected step is overwritten by the next one.
-            start, end = state.tprev, state.tnext
-            num_accepted = state.num_accepted_steps
-            if starts is not None:
-                swap = jnp.asarray(state.made_jump)
-                start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
-                starts = starts.at[k].set(start)
-            new_state = body_fun(state)
-            is_accepted = new_state.num_accepted_steps > num_accepted
-            prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
-            largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
-            return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
-
+        step = lambda val: _step_and_write(body_fun, num_before, *val)
         page = jtu.tree_map(
             lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
         )
@@ -209,6 +194,33 @@ def loop_and_record(
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
     return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
+
+
+def _step_and_write(
+    body_fun: Callable[[State], State],
+    num_before: Int[ArrayLike, ""],
+    state: State,
+    prev_t1: Float[Array, ""],
+    largest_y: PyTree[Float[Array, "..."]],
+    page: tuple[Array | None, Array],
+) -> tuple[State, Array, PyTree[Array], tuple[Array | None, Array]]:
+    """Makes a step, and writes when it was to the `starts` and `ends` of a page, before
+    which there are `num_before` steps.
+    """
+    starts, ends = page
+    k = state.num_accepted_steps - num_before
+    # A rejected step is overwritten by the next one.
+    start, end = state.tprev, state.tnext
+    num_accepted = state.num_accepted_steps
+    if starts is not None:
+        swap = jnp.asarray(state.made_jump)
+        start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
+        starts = starts.at[k].set(start)
+    new_state = body_fun(state)
+    is_accepted = new_state.num_accepted_steps > num_accepted
+    prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
+    largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
+    return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
 
 
 def _larger(

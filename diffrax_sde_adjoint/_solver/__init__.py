@@ -3,7 +3,7 @@
 from .base import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     check_sense as check_sense,
-    is_kind as is_kind,
+    has_layer as has_layer,
     is_reversible as is_reversible,
     layers as layers,
 )

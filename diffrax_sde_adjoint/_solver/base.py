@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Iterator
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, TypeGuard, TypeVar, cast
 
 import diffrax
 import jax.tree_util as jtu
@@ -74,7 +74,9 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         """
 
 
-def is_reversible(solver: diffrax.AbstractSolver) -> bool:
+def is_reversible(
+    solver: diffrax.AbstractSolver,
+) -> TypeGuard[AbstractReversibleSolver]:
     # Not `isinstance`, which looks through wrappers such as `diffrax.HalfSolver`.
     return issubclass(type(solver), AbstractReversibleSolver)
 
@@ -87,11 +89,11 @@ def layers(solver: diffrax.AbstractSolver) -> Iterator[diffrax.AbstractSolver]:
         yield solver
 
 
-def is_kind(solver: diffrax.AbstractSolver, kinds: type | tuple[type, ...]) -> bool:
-    """Whether the solver is of a kind, or one that it wraps. `isinstance` looks through
-    one wrapper only.
+def has_layer(solver: diffrax.AbstractSolver, cls: type | tuple[type, ...]) -> bool:
+    """Whether the solver is of a class, or one that it wraps. `isinstance` looks
+    through one wrapper only.
     """
-    return any(issubclass(type(x), kinds) for x in layers(solver))
+    return any(issubclass(type(x), cls) for x in layers(solver))
 
 
 def check_sense(
@@ -100,8 +102,8 @@ def check_sense(
     """An error if terms were converted for a solver of the other kind."""
     is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
     name = type(solver).__name__
-    is_ito = is_kind(solver, diffrax.AbstractItoSolver)
-    is_stratonovich = is_kind(solver, diffrax.AbstractStratonovichSolver)
+    is_ito = has_layer(solver, diffrax.AbstractItoSolver)
+    is_stratonovich = has_layer(solver, diffrax.AbstractStratonovichSolver)
     for drift in jtu.tree_leaves(terms, is_leaf=is_converted):
         if not is_converted(drift):
             continue

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from .._term.reversed import reverse
+from .._term.reversed import reversed_terms
 from .base import AbstractReversibleSolver, check_sense
 
 
@@ -64,7 +64,7 @@ class _EffectivelySymmetric(
         made_jump: BoolScalarLike,
     ) -> tuple[Y, DenseInfo, Any, diffrax.RESULTS]:
         y0, _, _, solver_state, result = self.step(
-            reverse(terms), t1, t0, y1, args, solver_state, made_jump
+            reversed_terms(terms), t1, t0, y1, args, solver_state, made_jump
         )
         return y0, dict(y0=y0, y1=y1), solver_state, result
 

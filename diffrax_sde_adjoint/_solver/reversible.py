@@ -5,12 +5,12 @@ Let `Psi(terms, t0, t1, y)` be what the solver adds to `y` in a step, and `z` a 
 approximation of the solution. With a coupling `l` in `(0, 1]`, a step is
 
     y1 = l y0 + (1 - l) z0 + Psi(terms, t0, t1, z0)
-    z1 = z0 - Psi(reverse(terms), t1, t0, y1)
+    z1 = z0 - Psi(reversed_terms(terms), t1, t0, y1)
 
 Each line can be solved for what is at the left end, first the second and then the
 first:
 
-    z0 = z1 + Psi(reverse(terms), t1, t0, y1)
+    z0 = z1 + Psi(reversed_terms(terms), t1, t0, y1)
     y0 = (y1 - (1 - l) z0 - Psi(terms, t0, t1, z0)) / l
 """
 
@@ -23,8 +23,8 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y, is_sde
-from .._term.reversed import reverse
-from .base import AbstractReversibleSolver, check_sense, is_kind
+from .._term.reversed import reversed_terms
+from .base import AbstractReversibleSolver, check_sense, has_layer
 from .forwarding import AbstractForwardingSolver
 
 
@@ -93,7 +93,7 @@ class Reversible(
                 "`Reversible(..., coupling=...)` must be above 0 and at most 1, but is "
                 f"{self.coupling}."
             )
-        if is_kind(self.solver, _unsupported):
+        if has_layer(self.solver, _unsupported):
             raise ValueError(
                 f"`Reversible` does not support `{type(self.solver).__name__}`, whose "
                 "steps depend on more than the solution at their start, or cannot be "
@@ -113,14 +113,14 @@ class Reversible(
         del t0, t1, args
         check_sense(terms, self)
         name = type(self.solver).__name__
-        if is_sde(terms) and is_kind(self.solver, diffrax.AbstractItoSolver):
+        if is_sde(terms) and has_layer(self.solver, diffrax.AbstractItoSolver):
             raise ValueError(
                 f"`Reversible({name}())` would converge to neither the Itô nor the "
                 "Stratonovich solution, as it makes steps in both directions of time. "
                 "Convert the terms with `diffrax_sde_adjoint.ito_to_stratonovich`, and "
                 "use a solver that converges to the Stratonovich solution."
             )
-        if is_sde(terms) and not is_kind(
+        if is_sde(terms) and not has_layer(
             self.solver, diffrax.AbstractStratonovichSolver
         ):
             raise ValueError(
@@ -164,7 +164,7 @@ class Reversible(
             z0,
             change,
         )
-        change, _, result1 = self._change(reverse(terms), t1, t0, y1, args)
+        change, _, result1 = self._change(reversed_terms(terms), t1, t0, y1, args)
         z1 = jtu.tree_map(lambda z, dy: z - dy, z0, change)
         result = diffrax.RESULTS.where(diffrax.is_okay(result0), result1, result0)
         return y1, y_error, dict(y0=y0, y1=y1), z1, result
@@ -181,7 +181,7 @@ class Reversible(
     ) -> tuple[Y, DenseInfo, _SolverState, diffrax.RESULTS]:
         del made_jump
         z1 = solver_state
-        change, _, result1 = self._change(reverse(terms), t1, t0, y1, args)
+        change, _, result1 = self._change(reversed_terms(terms), t1, t0, y1, args)
         z0 = jtu.tree_map(lambda z, dy: z + dy, z1, change)
         change, _, result0 = self._change(terms, t0, t1, z0, args)
         y0 = jtu.tree_map(

@@ -45,23 +45,16 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         drift, diffusion = terms.terms
         h = t1 - t0
         path = cast(Any, diffusion.contr(t0, t1, use_levy=True))
-        coeffs, noises = [tableau.coeffs_w], [path.W]
-        if tableau.coeffs_hh is not None:
-            coeffs.append(tableau.coeffs_hh)
-            noises.append(path.H)
-        if tableau.coeffs_kk is not None:
-            coeffs.append(tableau.coeffs_kk)
-            noises.append(path.K)
-
-        # What moves the state: the drift of each stage, and the diffusion of each stage
-        # times each noise. If noise is additive, that of the start stands for all.
+        coeffs, noises = _noises(tableau, path)
         is_additive = tableau.is_additive_noise()
-        drifts = []
-        kicks = [[] for _ in noises]
-        g0 = diffusion.vf(t0, y0, args) if is_additive else None
         if is_additive:
+            # That of the start stands for all stages.
+            g0 = diffusion.vf(t0, y0, args)
             kicks = [[diffusion.prod(g0, noise)] for noise in noises]
-
+        else:
+            g0 = None
+            kicks = [[] for _ in noises]
+        drifts = []
         row = lambda a, j: a[j - 1] if j > 0 else ()
         for j, c in enumerate([0, *tableau.c]):
             t = t0 + float(c) * h
@@ -87,14 +80,8 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         y1 = _add(y1, zip(ends, kicks, strict=True))
         if is_additive:
             # It may depend on time.
-            g1 = diffusion.vf(t1, y0, args)
-            change = jtu.tree_map(lambda a, b: 0.5 * (b - a), g0, g1)
-            if tableau.coeffs_hh is None:
-                noise = path.W
-            else:
-                noise = jtu.tree_map(lambda w, h: w - 2 * h, path.W, path.H)
-            y1 = _add(y1, [((1,), [diffusion.prod(change, noise)])])
-
+            change = _change_of_additive(diffusion, g0, t1, y0, args, tableau, path)
+            y1 = _add(y1, [((1,), [change])])
         if tableau.b_error is None:
             y_error = None
         else:
@@ -103,6 +90,36 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
                 ends = [x.b_error for x in coeffs]
                 y_error = _add(y_error, zip(ends, kicks, strict=True))
         return y1, y_error, dict(y0=y0, y1=y1), None, diffrax.RESULTS.successful
+
+
+def _noises(tableau: Any, path: Any) -> tuple[list[Any], list[Any]]:
+    """The coefficients of each noise that moves the state, and the noise."""
+    pairs = (
+        (tableau.coeffs_w, lambda: path.W),
+        (tableau.coeffs_hh, lambda: path.H),
+        (tableau.coeffs_kk, lambda: path.K),
+    )
+    used = [(coeffs, get()) for coeffs, get in pairs if coeffs is not None]
+    return [coeffs for coeffs, _ in used], [noise for _, noise in used]
+
+
+def _change_of_additive(
+    diffusion: diffrax.AbstractTerm,
+    g0: Any,
+    t1: RealScalarLike,
+    y0: Y,
+    args: Args,
+    tableau: Any,
+    path: Any,
+) -> Y:
+    """What the change of an additive diffusion over a step adds to the solution."""
+    g1 = diffusion.vf(t1, y0, args)
+    change = jtu.tree_map(lambda a, b: 0.5 * (b - a), g0, g1)
+    if tableau.coeffs_hh is None:
+        noise = path.W
+    else:
+        noise = jtu.tree_map(lambda w, h: w - 2 * h, path.W, path.H)
+    return diffusion.prod(change, noise)
 
 
 def is_for_additive_noise(solver: diffrax.AbstractSolver) -> bool:

@@ -1,17 +1,28 @@
-"""The rule for the derivative of the loop of a solve: the sweep, from what the forward
-solve left to the cotangents of all that it depends on.
+"""The rule for the derivative of the loop of a solve: from the cotangents of its final
+state and outputs to those of all that it depends on.
 """
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .._compat import nondifferentiable_backward, save_y
+from .._compat import State, nondifferentiable_backward, save_y
 from .._forward.instability import Spurious, is_unstable
+from .._forward.records import (
+    Cotangents,
+    Differentiated,
+    Parameters,
+    Recorded,
+    Start,
+)
 from .._forward.return_error import (
-    Drift,
-    did_not_return,
+    ReturnError,
+    could_not_return,
     is_not_inverse,
     near_exact_tolerance,
     size_of_loss,
@@ -24,11 +35,13 @@ from .._solver import EES25, EES27, Reversible, ReversibleHeun, is_reversible
 from .._solver.stage_loops import summed_over_batches
 from .._term.base import with_weak_directions
 from .replay import replay
-from .saved_outputs import Position, Saved
-from .sweep import Cotangents, Sweep, SweepState, arrive
-from .undo import inverts_last_step, reverse
-from .undo_staggered import can_stagger, staggered
+from .saved_outputs import Position, SavedOutputs
+from .sweep import Sweep, SweepState, arrive
+from .undo import inverts_last_step, undo
+from .undo_staggered import can_stagger, undo_staggered
 
+
+_T = TypeVar("_T")
 
 no_second_derivative = (
     "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
@@ -41,161 +54,212 @@ no_second_derivative = (
 _invertible = (EES25, EES27, Reversible, ReversibleHeun)
 
 
-class Backward(eqx.Module):
-    """The rule for the derivative of the loop of a solve, which starts with certain
-    states and outputs, and refers to terms and to the inputs of what is saved.
+class SweepRule(eqx.Module):
+    """The rule for the derivative of the loop of a solve: the sweep, from what the
+    forward solve left to the cotangents of all that it depends on. `save_steps` is
+    `SubSaveAt.steps` of each.
     """
 
-    steps: list[int]
-    sees_solution: bool
+    save_steps: list[int]
     has_progress_meter: bool
     throw: bool
 
     def __call__(
         self, perturbed, inputs, residuals, final_state, grad_final_state, axes
     ):
-        (terms, save_inputs), (init_state, _, times) = inputs
-        (perturbed_terms, perturbed_save_inputs), (*_, perturbed_times) = perturbed
-        tape, num_saved, loop, solver = residuals
-        if tape is None:
-            raise ValueError(
-                "Cannot differentiate `diffeqsolve(..., max_steps=None, "
-                "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
-                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
-                "which may be generous: it costs the size of one floating-point number "
-                "a step."
-            )
-        if self.sees_solution:
-            raise ValueError(
-                "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
-                "depend on the solution, as they do with this step size controller. "
-                "Put `jax.lax.stop_gradient` around what it computes from the "
-                "solution, as `diffrax.PIDController` does, or use "
-                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-            )
-        terms = with_weak_directions(terms)
-        diff_terms, nondiff_terms = eqx.partition(terms, perturbed_terms)
-        diff_inputs, nondiff_inputs = eqx.partition(save_inputs, perturbed_save_inputs)
-        save_states = get_save_states(final_state)
-        grad_save_states = get_save_states(grad_final_state)
-        saved = Saved(
-            self.steps,
-            axes,
-            nondiff_inputs,
-            [x.ys for x in grad_save_states],
-            [x.ts for x in grad_save_states],
-            grad_final_state.dense_infos,
-            grad_final_state.event_dense_info,
-        )
+        parameters, start = inputs
+        perturbed_parameters, perturbed_start = perturbed
+        recorded, solver = residuals
+        _check_supported(recorded)
         if axes:
             solver = summed_over_batches(solver)
+        terms = with_weak_directions(parameters.terms)
+        parameters = eqx.tree_at(lambda p: p.terms, parameters, terms)
+        diff, nondiff = eqx.partition(parameters, perturbed_parameters)
+        saved_ys = _SavedYs(final_state, grad_final_state, parameters.save_fns)
         sweep = Sweep(
-            solver,
-            tape,
-            init_state.y,
-            saved,
-            diff_inputs,
-            diff_terms,
-            nondiff_terms,
-            axes,
+            solver=solver,
+            tape=recorded.tape,
+            init_y=start.state.y,
+            outputs=self._outputs(grad_final_state, parameters),
+            parameters=Differentiated(diff, nondiff, axes),
         )
-        get_dense_infos = lambda state: (state.dense_infos, state.event_dense_info)
-        saved_ys = [
-            (state.ys, grad, fn is save_y)
-            for state, grad, fn in zip(
-                save_states, saved.grad_ys, save_inputs.fns, strict=True
-            )
-        ]
-        grad_ys = [
-            grad_final_state.y,
-            *(grad for _, grad, is_y in saved_ys if is_y),
-        ]
-        others = (
-            [ys for ys, _, is_y in saved_ys if not is_y],
-            get_dense_infos(final_state),
-            final_state.solver_state,
-        )
-        grad_others = (
-            [grad for _, grad, is_y in saved_ys if not is_y],
-            get_dense_infos(grad_final_state),
-            grad_final_state.solver_state,
-        )
-        can_be_unstable = issubclass(type(solver), ReversibleHeun)
-        end = SweepState(
-            SolveState(final_state.y, final_state.solver_state),
-            final_state.tprev,
-            [
-                Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
-                for x in save_states
-            ],
-            Cotangents(
-                grad_final_state.y,
-                grad_final_state.solver_state,
-                zeros_like(diff_terms),
-                zeros_like(diff_inputs),
+        end = _end(sweep, final_state, grad_final_state, saved_ys.size)
+        first = _go(sweep, end, start.state)
+        grad_start = Start(
+            state=first.grads.state,
+            saved=cotangents_of_earlier(
+                recorded.num_saved, final_state, grad_final_state
             ),
-            Drift.none(
-                size_of_loss(tape.largest_y, grad_ys, others, grad_others),
-                final_state.y,
-                near_exact_tolerance
-                if is_reversible(solver) and solver.is_near_exact
-                else 0.0,
-            ),
-            Spurious.none(final_state.y, init_state.y) if can_be_unstable else None,
-            diffrax.RESULTS.successful,
+            times=self._grad_times(start, perturbed_start, recorded, grad_final_state),
         )
-        if not is_reversible(solver):
-            start = sweep(replay, end)
-        else:
-            way = staggered if can_stagger(sweep, end) else reverse
-            start = arrive(sweep(way, end), init_state)
-        grads = start.grads
+        size = lambda largest_y: saved_ys.size(largest_y, by_entry=True)
+        grads, is_wrong = self._checked(
+            (first.grads.parameters, grad_start), sweep, end, first, size
+        )
+        return *nondifferentiable_backward(grads, msg=no_second_derivative), is_wrong
 
-        grad_saved = cotangents_of_earlier(num_saved, final_state, grad_final_state)
-        grad_times = jtu.tree_map(lambda _: None, times)
-        if any(jtu.tree_leaves(perturbed_times)):
-            if self.has_progress_meter:
-                raise ValueError(
-                    "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())"
-                    "` does not support differentiating with respect to the times of a "
-                    "solve, as it is then run once more. Do without the progress meter."
-                )
-            grad_times = pull_back_times(times, loop, perturbed_times, grad_final_state)
-        grad_shared = (grads.terms, grads.inputs)
-        grad_own = (
-            SolveState(grads.y, grads.solver_state),
-            grad_saved,
-            grad_times,
+    def _outputs(self, grad_final_state: State, parameters: Parameters) -> SavedOutputs:
+        grad_save_states = get_save_states(grad_final_state)
+        return SavedOutputs(
+            steps=self.save_steps,
+            sees_args=[fn is not save_y for fn in parameters.save_fns],
+            grad_ys=[x.ys for x in grad_save_states],
+            grad_ts=[x.ts for x in grad_save_states],
+            grad_dense_infos=grad_final_state.dense_infos,
+            grad_event_dense_info=grad_final_state.event_dense_info,
         )
-        failed = jnp.invert(diffrax.is_okay(start.result))
-        drifted = start.drift.is_too_large()
-        unstable = unstable_here = jnp.array(False)
-        if start.spurious is not None:
-            loss = lambda size: size_of_loss(
-                size, grad_ys, others, grad_others, by_entry=True
+
+    def _grad_times(
+        self,
+        start: Start,
+        perturbed: Start,
+        recorded: Recorded,
+        grad_final_state: State,
+    ) -> PyTree[Array | None]:
+        if not any(jtu.tree_leaves(perturbed.times)):
+            return jtu.tree_map(lambda _: None, start.times)
+        if self.has_progress_meter:
+            raise ValueError(
+                "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())` "
+                "does not support differentiating with respect to the times of a "
+                "solve, as it is then run once more. Do without the progress meter."
             )
-            unstable, unstable_here = start.spurious.is_too_large(
-                tape.largest_y, loss, axes
+        return pull_back_times(
+            start.times, recorded.loop, perturbed.times, grad_final_state
+        )
+
+    def _checked(
+        self,
+        grads: _T,
+        sweep: Sweep,
+        end: SweepState,
+        first: SweepState,
+        size: Callable[[PyTree[Array]], Float[Array, ""]],
+    ) -> tuple[_T, Bool[Array, ""]]:
+        """`grads`, and whether they are wrong: which is an error, if it is to be."""
+        failed = jnp.invert(diffrax.is_okay(first.result))
+        did_not_return = first.return_error.is_too_large()
+        unstable = unstable_here = jnp.array(False)
+        if first.spurious is not None:
+            unstable, unstable_here = first.spurious.is_too_large(
+                sweep.tape.largest_y, size, sweep.axes
             )
         if self.throw:
-            grads = (grad_shared, grad_own)
-            grads = start.result.error_if(grads, failed)
+            grads = first.result.error_if(grads, failed)
             grads = eqx.error_if(grads, unstable, is_unstable)
             # Of a solver that a user wrote, it may be the fault of its `backward_step`.
             is_inverse = jnp.array(True)
-            if (
-                is_reversible(solver)
-                and not issubclass(type(solver), _invertible)
-                and not solver.is_near_exact
+            if is_reversible(sweep.solver) and not (
+                issubclass(type(sweep.solver), _invertible)
+                or sweep.solver.is_near_exact
             ):
                 is_inverse = inverts_last_step(sweep, end)
-            grad_shared, grad_own = eqx.branched_error_if(
+            grads = eqx.branched_error_if(
                 grads,
-                drifted,
+                did_not_return,
                 jnp.where(is_inverse, 0, 1),
-                [did_not_return, is_not_inverse(solver)],
+                [could_not_return, is_not_inverse(sweep.solver)],
             )
-        grad_shared, grad_own = nondifferentiable_backward(
-            (grad_shared, grad_own), msg=no_second_derivative
+        return grads, failed | did_not_return | unstable_here
+
+
+def _check_supported(recorded: Recorded) -> None:
+    if recorded.tape is None:
+        raise ValueError(
+            "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+            "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory to "
+            "allocate for the times of the steps. Pass a bound as `max_steps`, which "
+            "may be generous: it costs the size of one floating-point number a step."
         )
-        return grad_shared, grad_own, failed | drifted | unstable_here
+    if recorded.sees_solution:
+        raise ValueError(
+            "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
+            "depend on the solution, as they do with this step size controller. Put "
+            "`jax.lax.stop_gradient` around what it computes from the solution, as "
+            "`diffrax.PIDController` does, or use "
+            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+        )
+
+
+class _SavedYs:
+    """The outputs of a solve with their cotangents: where they are the solution itself,
+    and others.
+    """
+
+    def __init__(
+        self, final_state: State, grad_final_state: State, save_fns: list[Any]
+    ):
+        save_states = zip(
+            get_save_states(final_state),
+            get_save_states(grad_final_state),
+            [fn is save_y for fn in save_fns],
+            strict=True,
+        )
+        saved = [(x.ys, grad.ys, is_y) for x, grad, is_y in save_states]
+        get_others = lambda state: (
+            (state.dense_infos, state.event_dense_info),
+            state.solver_state,
+        )
+        self._grad_ys = [
+            grad_final_state.y,
+            *(grad for _, grad, is_y in saved if is_y),
+        ]
+        self._others = (
+            [ys for ys, _, is_y in saved if not is_y],
+            get_others(final_state),
+        )
+        self._grad_others = (
+            [grad for _, grad, is_y in saved if not is_y],
+            get_others(grad_final_state),
+        )
+
+    def size(
+        self, largest_y: PyTree[Float[Array, "..."]], by_entry: bool = False
+    ) -> Float[Array, ""]:
+        """The size of the loss, see `size_of_loss`."""
+        return size_of_loss(
+            largest_y, self._grad_ys, self._others, self._grad_others, by_entry
+        )
+
+
+def _end(
+    sweep: Sweep,
+    final_state: State,
+    grad_final_state: State,
+    size: Callable[[PyTree[Array]], Float[Array, ""]],
+) -> SweepState:
+    """What the sweep carries at the end of the solve."""
+    solver = sweep.solver
+    is_near_exact = is_reversible(solver) and solver.is_near_exact
+    return SweepState(
+        state=SolveState(final_state.y, final_state.solver_state),
+        next_t0=final_state.tprev,
+        positions=[
+            Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
+            for x in get_save_states(final_state)
+        ],
+        grads=Cotangents(
+            state=SolveState(grad_final_state.y, grad_final_state.solver_state),
+            parameters=zeros_like(sweep.parameters.diff),
+        ),
+        return_error=ReturnError.none(
+            size(sweep.tape.largest_y),
+            final_state.y,
+            near_exact_tolerance if is_near_exact else 0.0,
+        ),
+        spurious=(
+            Spurious.none(final_state.y, sweep.init_y)
+            if issubclass(type(solver), ReversibleHeun)
+            else None
+        ),
+        result=diffrax.RESULTS.successful,
+    )
+
+
+def _go(sweep: Sweep, end: SweepState, known: SolveState) -> SweepState:
+    """From the end of the solve to its start, where the state is `known`."""
+    if not is_reversible(sweep.solver):
+        return sweep(replay, end)
+    way = undo_staggered if can_stagger(sweep, end) else undo
+    return arrive(sweep(way, end), known)

@@ -8,6 +8,7 @@ of this from the last to the first. What is saved before the first step and afte
 last one does not pass through here: JAX differentiates it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._autodiff.batched_vjp import Axes, any_of, vjp, where_active
-from .._compat import DenseInfo, RealScalarLike, Y, save_y
-from .._forward.saved import SaveInputs
+from .._autodiff.batched_vjp import any_of, where_active
+from .._compat import DenseInfo, RealScalarLike, Y
+from .._forward.records import Cotangents, Differentiated, Parameters
 from .._forward.tape import Step
 from .._misc import add_where_given, zeros_like
 
@@ -34,16 +35,16 @@ class Position(eqx.Module):
     save_index: Int[Array, ""]
 
 
-class Saved(eqx.Module):
+class SavedOutputs(eqx.Module):
     """The cotangents of all that is saved in the steps of a solve.
 
     Those of the outputs of each `SubSaveAt`, and of the `dense_info`s, have a leading
-    axis over steps or what was saved in them.
+    axis over steps or what was saved in them. Of each, `steps` is `SubSaveAt.steps`,
+    and `sees_args` whether it has a function, which may look at `args`.
     """
 
     steps: list[int] = eqx.field(static=True)
-    axes: Axes = eqx.field(static=True)
-    inputs: SaveInputs  # that are not differentiated; the others are `None`
+    sees_args: list[bool] = eqx.field(static=True)
     grad_ys: list[PyTree[Array | None]]
     grad_ts: list[Array]
     grad_dense_infos: PyTree[Array | None]
@@ -55,46 +56,47 @@ class Saved(eqx.Module):
         next_t0: RealScalarLike,
         y1: Y,
         positions: list[Position],
-        diff_inputs: SaveInputs,
-        grads: tuple[SaveInputs, Y],
-    ) -> tuple[list[Position], tuple[SaveInputs, Y]]:
-        """Adds what `SaveAt(steps=...)` saved at the end of a step to the cotangents
-        `grads` of the inputs and of `y1`.
+        parameters: Differentiated,
+        grads: Cotangents,
+    ) -> tuple[list[Position], Cotangents]:
+        """Adds what `SaveAt(steps=...)` saved at the end of a step to the cotangents of
+        the parameters and of `y1`.
         """
+        axes = parameters.axes
         positions = list(positions)
         for i, num in enumerate(self.steps):
             if num == 0:
                 continue
             is_saved = (step.index + 1) % num == 0
-            if self.axes:
+            if axes:
                 is_saved = is_saved & step.is_made
             num_left = positions[i].save_index - jnp.where(is_saved, 1, 0)
             positions[i] = Position(positions[i].ts_index, num_left)
 
-            def evaluate(inputs, y, others, i=i):
-                t, nondiff_inputs = others
-                return _evaluate(i, t, y, eqx.combine(inputs, nondiff_inputs))
+            def evaluate(parameters, y, t, i=i):
+                return _evaluate(i, t, y, parameters)
 
             def more(i=i, num_left=num_left, is_saved=is_saved, evaluate=evaluate):
                 grad = self._grad_output(i, num_left)
-                _, pull_back = vjp(
-                    evaluate,
-                    self.axes,
-                    self._relevant(i, diff_inputs),
-                    y1,
-                    (next_t0, self.inputs),
-                )
-                return pull_back(
-                    where_active(is_saved, grad, zeros_like(grad), self.axes)
-                )
+                of_output = parameters.only(functools.partial(self._relevant, i))
+                _, pull_back = of_output.vjp(evaluate, y1, next_t0)
+                return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
 
             if num == 1:
-                grads = add_where_given(grads, more())
+                grad_parameters, grad_y1 = more()
             else:
                 zeros = zeros_like(eqx.filter_eval_shape(more))
-                is_needed = any_of(is_saved, self.axes)
+                is_needed = any_of(is_saved, axes)
                 nothing = lambda zeros=zeros: zeros
-                grads = add_where_given(grads, lax.cond(is_needed, more, nothing))
+                grad_parameters, grad_y1 = lax.cond(is_needed, more, nothing)
+            grads = eqx.tree_at(
+                lambda g: (g.parameters, g.state.y),
+                grads,
+                (
+                    add_where_given(grads.parameters, grad_parameters),
+                    add_where_given(grads.state.y, grad_y1),
+                ),
+            )
         return positions, grads
 
     def add_grad_dense_info(
@@ -104,11 +106,11 @@ class Saved(eqx.Module):
         dense_info: DenseInfo,
         interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
         positions: list[Position],
-        diff_inputs: SaveInputs,
-        grad_inputs: SaveInputs,
-    ) -> tuple[list[Position], DenseInfo, SaveInputs]:
+        parameters: Differentiated,
+        grads: Cotangents,
+    ) -> tuple[list[Position], Cotangents, DenseInfo]:
         """The cotangent of the `dense_info` of a step, from what was saved within it;
-        and the cotangents `grad_inputs` of the inputs, with what comes from the same.
+        and those of the parameters, with what comes from the same.
         """
         grad_info = zeros_like(eqx.filter(dense_info, eqx.is_inexact_array))
         if self.grad_dense_infos is not None:
@@ -121,68 +123,87 @@ class Saved(eqx.Module):
             grad_info = add_where_given(grad_info, at_end)
 
         positions = list(positions)
-        for i, ts in enumerate(eqx.combine(diff_inputs, self.inputs).ts):
+        grad_parameters = grads.parameters
+        for i, ts in enumerate(parameters.all.save_ts):
             if ts is None or len(ts) == 0:
                 continue
-
-            def is_in_step(position, ts=ts):
-                # What is saved at the start of the solve is saved in the first step.
-                t = ts[position.ts_index - 1]
-                is_in_step = (t > step.prev_t1) | (step.index == 0)
-                is_in_step = (position.ts_index > 0) & is_in_step
-                return is_in_step & step.is_made if self.axes else is_in_step
-
-            def is_any_left(val):
-                position, *_ = val
-                return any_of(is_in_step(position), self.axes)
-
-            def evaluate(inputs, dense_info, others, i=i):
-                step, index, nondiff_inputs = others
-                inputs = eqx.combine(inputs, nondiff_inputs)
-                t = inputs.ts[i][index]
-                interpolation = interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
-                return _evaluate(i, t, interpolation.evaluate(t), inputs), t
-
-            def add_grad(val, i=i, evaluate=evaluate):
-                position, *grads = val
-                new_position = Position(position.ts_index - 1, position.save_index - 1)
-                num_left = new_position.save_index
-                grad = (self._grad_output(i, num_left), self.grad_ts[i][num_left])
-                is_saved = is_in_step(position)
-                _, pull_back = vjp(
-                    evaluate,
-                    self.axes,
-                    self._relevant(i, diff_inputs),
-                    dense_info,
-                    (step, new_position.ts_index, self.inputs),
-                )
-                more = pull_back(
-                    where_active(is_saved, grad, zeros_like(grad), self.axes)
-                )
-                position = where_active(is_saved, new_position, position, self.axes)
-                return position, *add_where_given(grads, list(more))
-
-            positions[i], grad_relevant, grad_info = lax.while_loop(
-                is_any_left,
-                add_grad,
-                (positions[i], self._relevant(i, grad_inputs), grad_info),
+            # The others are not carried through the loop.
+            relevant = self._relevant(i, grad_parameters)
+            positions[i], relevant, grad_info = self._add_grad_ts(
+                i,
+                step,
+                dense_info,
+                interpolation_cls,
+                parameters.only(functools.partial(self._relevant, i)),
+                (positions[i], relevant, grad_info),
             )
-            grad_inputs = eqx.combine(grad_relevant, grad_inputs)
-        return positions, grad_info, grad_inputs
+            grad_parameters = eqx.combine(relevant, grad_parameters)
+        grads = eqx.tree_at(lambda g: g.parameters, grads, grad_parameters)
+        return positions, grads, grad_info
+
+    def _add_grad_ts(
+        self,
+        i: int,
+        step: Step,
+        dense_info: DenseInfo,
+        interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
+        parameters: Differentiated,
+        carry: tuple[Position, Parameters, DenseInfo],
+    ) -> tuple[Position, Parameters, DenseInfo]:
+        """Adds what `SubSaveAt` number `i` saved at those of its `ts` that are within a
+        step to the cotangents of the parameters and of `dense_info`.
+        """
+        axes = parameters.axes
+        ts = parameters.all.save_ts[i]
+
+        def is_in_step(position):
+            # What is saved at the start of the solve is saved in the first step.
+            t = ts[position.ts_index - 1]
+            is_in_step = (t > step.prev_t1) | (step.index == 0)
+            is_in_step = (position.ts_index > 0) & is_in_step
+            return is_in_step & step.is_made if axes else is_in_step
+
+        def is_any_left(carry):
+            position, *_ = carry
+            return any_of(is_in_step(position), axes)
+
+        def evaluate(parameters, dense_info, step, index):
+            t = parameters.save_ts[i][index]
+            interpolation = interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
+            return _evaluate(i, t, interpolation.evaluate(t), parameters), t
+
+        def add_grad(carry):
+            position, *grads = carry
+            new_position = Position(position.ts_index - 1, position.save_index - 1)
+            num_left = new_position.save_index
+            grad = (self._grad_output(i, num_left), self.grad_ts[i][num_left])
+            is_saved = is_in_step(position)
+            _, pull_back = parameters.vjp(
+                evaluate, dense_info, step, new_position.ts_index
+            )
+            more = pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
+            position = where_active(is_saved, new_position, position, axes)
+            return position, *add_where_given(grads, list(more))
+
+        return lax.while_loop(is_any_left, add_grad, carry)
+
+    def _relevant(self, i: int, parameters: Parameters) -> Parameters:
+        """Those that `SubSaveAt` number `i` depends on, of arrays that are
+        differentiated or of their cotangents.
+        """
+        keep_if = lambda pred, tree: jtu.tree_map(lambda x: x if pred else None, tree)
+        return Parameters(
+            keep_if(False, parameters.terms),
+            keep_if(self.sees_args[i], parameters.args),
+            [keep_if(i == j, fn) for j, fn in enumerate(parameters.save_fns)],
+            [keep_if(i == j, ts) for j, ts in enumerate(parameters.save_ts)],
+        )
 
     def _grad_output(self, i: int, index: Int[Array, ""]) -> Any:
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])
 
-    def _relevant(self, i: int, inputs: SaveInputs) -> SaveInputs:
-        """Those of the inputs that `SubSaveAt` number `i` depends on."""
-        keep_if = lambda pred, tree: jtu.tree_map(lambda x: x if pred else None, tree)
-        return SaveInputs(
-            keep_if(self.inputs.fns[i] is not save_y, inputs.args),
-            [keep_if(i == j, fn) for j, fn in enumerate(inputs.fns)],
-            [keep_if(i == j, ts) for j, ts in enumerate(inputs.ts)],
-        )
 
-
-def _evaluate(i: int, t: RealScalarLike, y: Y, inputs: SaveInputs) -> Any:
+def _evaluate(i: int, t: RealScalarLike, y: Y, parameters: Parameters) -> Any:
     """What `SubSaveAt` number `i` saves."""
-    return eqx.filter(inputs.fns[i](t, y, inputs.args), eqx.is_inexact_array)
+    out = parameters.save_fns[i](t, y, parameters.args)
+    return eqx.filter(out, eqx.is_inexact_array)

@@ -28,70 +28,61 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._autodiff.batched_vjp import Axes, maximum, vjp, where_active
+from .._autodiff.batched_vjp import Axes, maximum, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
 from .._forward.instability import Spurious, worth_of_distance
-from .._forward.return_error import Drift
-from .._forward.saved import SaveInputs
+from .._forward.records import (
+    Cotangents,
+    Differentiated,
+    Parameters,
+    of_controls,
+    of_step,
+)
+from .._forward.return_error import ReturnError
 from .._forward.tape import Page, SolveState, Step, Tape
 from .._misc import add_where_given, zeros_like
 from .._solver.stage_loops import in_forward_mode
 from .._term.known_control import evaluate_controls, with_controls
-from .saved_outputs import Position, Saved
-
-
-class Cotangents(eqx.Module):
-    """The cotangents that a sweep carries from the right to the left.
-
-    Each has the structure of what it is a cotangent of, with `None` for every leaf that
-    is not differentiated.
-    """
-
-    y: Y
-    solver_state: PyTree[Array | None]
-    terms: PyTree[Array | None]
-    inputs: SaveInputs
+from .saved_outputs import Position, SavedOutputs
 
 
 class SweepState(eqx.Module):
     """What a sweep carries: the state of the solve at the left end of a step, up to
-    rounding; the time at which the step after it starts; how much of what was saved
-    lies further left; the cotangents; and how far, if steps are undone, the states have
-    drifted from those of the solve, what the spurious solution of reversible Heun is
-    worth, and whether all steps could be undone.
+    rounding (on a page, `undo_staggered.py` has it in another form); the time at which
+    the step after it starts; how much of what was saved lies further left; the
+    cotangents; and, if steps are undone, the error so far, what the spurious solution
+    of reversible Heun is worth, and whether all steps could be undone.
     """
 
-    state: SolveState
+    state: PyTree[Any]
     next_t0: RealScalarLike
     positions: list[Position]
     grads: Cotangents
-    drift: Drift
+    return_error: ReturnError
     spurious: Spurious | None
     result: diffrax.RESULTS
 
 
 class Sweep(eqx.Module):
-    """What stays the same on the way. `diff_terms` and `diff_inputs` hold what is
-    differentiated, and `nondiff_terms` and `saved.inputs` the rest. In a batch, their
-    cotangents are sums over `axes`.
-    """
+    """What stays the same on the way."""
 
     solver: diffrax.AbstractSolver
     tape: Tape
     init_y: Y
-    saved: Saved
-    diff_inputs: SaveInputs
-    diff_terms: PyTree[diffrax.AbstractTerm]
-    nondiff_terms: PyTree[diffrax.AbstractTerm]
-    axes: Axes = eqx.field(static=True)
+    outputs: SavedOutputs
+    parameters: Differentiated
+
+    @property
+    def axes(self) -> Axes:
+        return self.parameters.axes
 
     @property
     def args(self) -> Args:
-        return eqx.combine(self.diff_inputs, self.saved.inputs).args
+        return self.parameters.all.args
 
     @property
     def terms(self) -> PyTree[diffrax.AbstractTerm]:
-        return eqx.combine(self.diff_terms, self.nondiff_terms)
+        return self.parameters.all.terms
 
     def __call__(
         self,
@@ -115,7 +106,7 @@ class Sweep(eqx.Module):
                 carry.next_t0,
                 self.args,
                 carry.state,
-                carry.grads.solver_state,
+                carry.grads.state.solver_state,
             )
             spurious = carry.spurious.at(worth, carry.state.y, self.init_y)
             return eqx.tree_at(lambda c: c.spurious, carry, spurious)
@@ -135,7 +126,7 @@ class Sweep(eqx.Module):
         batch for those elements that are at their end already.
         """
 
-        sums = lambda c: (c.grads.terms, c.grads.inputs)
+        sums = lambda c: c.grads.parameters
 
         def body(i, carry):
             # Elements that are at their end stay at a step that was made, as evaluating
@@ -143,7 +134,7 @@ class Sweep(eqx.Module):
             is_active = i < num
             new_carry = body_fun(jnp.maximum(num - 1 - i, 0), is_active, carry)
             # What is added to sums over the batch is zero for these elements.
-            own = lambda c: eqx.tree_at(sums, c, (None, None))
+            own = lambda c: eqx.tree_at(sums, c, None)
             return eqx.tree_at(
                 sums,
                 where_active(is_active, own(new_carry), own(carry), self.axes),
@@ -160,24 +151,18 @@ class Sweep(eqx.Module):
         solver = in_forward_mode(self.solver)
         controls = evaluate_controls(solver, self.terms, step.t0, step.t1)
         y1, _, solver_state1 = _make_step(
-            (self.diff_terms, self.diff_inputs.args),
-            (state, controls),
-            (self.nondiff_terms, self.saved.inputs.args, solver, step),
+            self.parameters.all, (state, controls), solver, step
         )
         return SolveState(y1, solver_state1), controls
 
     def controls(
         self, step: Step
-    ) -> tuple[list[PyTree[Any]], Callable[[Any], PyTree[Array | None]]]:
+    ) -> tuple[list[PyTree[Any]], Callable[[Any], Parameters]]:
         """The controls of a step, and what pulls their cotangents back to those of the
-        terms.
+        parameters.
         """
-        controls, pull_back = vjp(
-            _evaluate_controls,
-            self.axes,
-            self.diff_terms,
-            None,
-            (self.nondiff_terms, self.solver, step),
+        controls, pull_back = self.parameters.only(of_controls).vjp(
+            _evaluate_controls, None, self.solver, step
         )
         return controls, lambda grad_controls: pull_back(grad_controls)[0]
 
@@ -187,114 +172,85 @@ class Sweep(eqx.Module):
         state0: SolveState,
         carry: SweepState,
         controls: list[PyTree[Any]],
-        pull_back_controls: Callable[[Any], PyTree[Array | None]],
+        pull_back_controls: Callable[[Any], Parameters],
     ) -> SweepState:
         """Pulls the cotangents back through a step that started at `state0`."""
-        (_, dense_info, _), pull_back = vjp(
-            _make_step,
-            self.axes,
-            (self.diff_terms, self.diff_inputs.args),
-            (state0, controls),
-            (self.nondiff_terms, self.saved.inputs.args, self.solver, step),
+        (_, dense_info, _), pull_back = self.parameters.only(of_step).vjp(
+            _make_step, (state0, controls), self.solver, step
         )
-        grads = carry.grads
-        positions, grad_y1, grad_dense_info, grad_inputs = self.add_grad_saved(
-            step, dense_info, carry
+        positions, grads, grad_dense_info = self.add_grad_saved(
+            step, dense_info, carry.state.y, carry
         )
-        grad_step = (grad_y1, grad_dense_info, grads.solver_state)
-        (grad_terms, grad_args), (grad_state0, grad_controls) = pull_back(
+        grad_step = (grads.state.y, grad_dense_info, grads.state.solver_state)
+        grad_parameters, (grad_state0, grad_controls) = pull_back(
             where_active(step.is_made, grad_step, zeros_like(grad_step), self.axes)
         )
-        grads = Cotangents(
-            grad_state0.y,
-            grad_state0.solver_state,
-            add_where_given(
-                add_where_given(grads.terms, grad_terms),
-                pull_back_controls(grad_controls),
-            ),
-            add_grad_args(grad_inputs, grad_args),
+        grad_parameters = add_where_given(
+            add_where_given(grads.parameters, grad_parameters),
+            pull_back_controls(grad_controls),
         )
-        return SweepState(
-            state0,
-            step.t0,
-            positions,
-            grads,
-            carry.drift,
-            carry.spurious,
-            carry.result,
+        return eqx.tree_at(
+            lambda c: (c.state, c.next_t0, c.positions, c.grads),
+            carry,
+            (state0, step.t0, positions, Cotangents(grad_state0, grad_parameters)),
         )
 
     def add_grad_saved(
-        self, step: Step, dense_info: DenseInfo, carry: SweepState
-    ) -> tuple[list[Position], Y, DenseInfo, SaveInputs]:
+        self, step: Step, dense_info: DenseInfo, y1: Y, carry: SweepState
+    ) -> tuple[list[Position], Cotangents, DenseInfo]:
         """What was saved within a step and at its end: how much lies further left, and
-        the cotangents of the step's `y1` and `dense_info`, and of what it was saved
-        with.
+        the cotangents with what comes from it, of the state at the end of the step; and
+        that of `dense_info`.
         """
-        positions, (grad_inputs, grad_y1) = self.saved.add_grad_y1(
-            step,
-            carry.next_t0,
-            carry.state.y,
-            carry.positions,
-            self.diff_inputs,
-            (carry.grads.inputs, carry.grads.y),
+        positions, grads = self.outputs.add_grad_y1(
+            step, carry.next_t0, y1, carry.positions, self.parameters, carry.grads
         )
-        positions, grad_dense_info, grad_inputs = self.saved.add_grad_dense_info(
+        return self.outputs.add_grad_dense_info(
             step,
             step.index == self.tape.num_steps - 1,
             dense_info,
             self.solver.interpolation_cls,
             positions,
-            self.diff_inputs,
-            grad_inputs,
+            self.parameters,
+            grads,
         )
-        return positions, grad_y1, grad_dense_info, grad_inputs
 
 
-def _make_step(shared, own, others):
-    diff_terms, diff_args = shared
+def _make_step(
+    parameters: Parameters,
+    own: tuple[SolveState, list[PyTree[Any]]],
+    solver: diffrax.AbstractSolver,
+    step: Step,
+) -> tuple[Y, DenseInfo, PyTree[Any]]:
+    """From a state at the start of a step and the controls over it."""
     state0, controls = own
-    nondiff_terms, nondiff_args, solver, step = others
-    terms = eqx.combine(diff_terms, nondiff_terms)
-    terms = with_controls(terms, step.t0, step.t1, controls)
     y1, _, dense_info, solver_state1, _ = solver.step(
-        terms,
+        with_controls(parameters.terms, step.t0, step.t1, controls),
         step.t0,
         step.t1,
         state0.y,
-        eqx.combine(diff_args, nondiff_args),
+        parameters.args,
         state0.solver_state,
         step.made_jump,
     )
     return y1, dense_info, solver_state1
 
 
-def _evaluate_controls(diff_terms, own, others):
+def _evaluate_controls(
+    parameters: Parameters, own: None, solver: diffrax.AbstractSolver, step: Step
+) -> list[PyTree[Any]]:
     del own
-    nondiff_terms, solver, step = others
-    terms = eqx.combine(diff_terms, nondiff_terms)
-    return evaluate_controls(solver, terms, step.t0, step.t1)
-
-
-def add_grad_args(grad_inputs: SaveInputs, grad_args: PyTree[Any]) -> SaveInputs:
-    return eqx.tree_at(
-        lambda g: g.args,
-        grad_inputs,
-        add_where_given(grad_inputs.args, grad_args),
-        is_leaf=lambda x: x is None,
-    )
+    return evaluate_controls(solver, parameters.terms, step.t0, step.t1)
 
 
 def arrive(carry: SweepState, known: SolveState) -> SweepState:
     """`carry`, having noted how far it is from the state of the solve, which is known
     here.
     """
-    drift = carry.drift.arrived(
-        (carry.state.y, carry.state.solver_state),
-        (known.y, known.solver_state),
-        (carry.grads.y, carry.grads.solver_state),
+    return_error = carry.return_error.arrived(carry.state, known, carry.grads.state)
+    return eqx.tree_at(
+        lambda c: (c.return_error, c.state), carry, (return_error, known)
     )
-    return eqx.tree_at(lambda c: (c.drift, c.state), carry, (drift, known))
 
 
 def arrive_at_page(carry: SweepState, page: Page) -> SweepState:
@@ -304,7 +260,7 @@ def arrive_at_page(carry: SweepState, page: Page) -> SweepState:
     if page.snapshot is None:
         return carry
     # Not all of `carry`: its sums over the batch must not become batched.
-    new = lambda c: (c.drift, c.state)
+    new = lambda c: (c.return_error, c.state)
     is_start = page.first == 0
     arrived = jtu.tree_map(
         lambda a, b: jnp.where(is_start, a, b),

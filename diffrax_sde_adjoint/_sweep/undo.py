@@ -15,7 +15,7 @@ from .._term.known_control import with_controls
 from .sweep import Sweep, SweepState, arrive_at_page
 
 
-def reverse(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
+def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, with `solver.backward_step`."""
     solver = sweep.solver
     assert isinstance(solver, AbstractReversibleSolver)
@@ -25,7 +25,7 @@ def reverse(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     ) -> SweepState:
         step = page.step(k, is_made)
         controls, pull_back_controls = sweep.controls(step)
-        state0, result = _undo(
+        state0, result = _undo_step(
             solver,
             with_controls(sweep.terms, step.t0, step.t1, controls),
             step,
@@ -45,7 +45,7 @@ def reverse(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     return arrive_at_page(carry, page)
 
 
-def _undo(
+def _undo_step(
     solver: AbstractReversibleSolver,
     terms: PyTree[diffrax.AbstractTerm],
     step: Step,
@@ -90,7 +90,7 @@ def inverts_last_step(sweep: Sweep, end: SweepState) -> Bool[Array, ""]:
     assert isinstance(solver, AbstractReversibleSolver)
     page = sweep.tape.page(jnp.maximum(sweep.tape.num_pages - 1, 0))
     step = page.step(jnp.maximum(page.num_steps - 1, 0), True)
-    state0, _ = _undo(solver, sweep.terms, step, end.state, sweep.args)
+    state0, _ = _undo_step(solver, sweep.terms, step, end.state, sweep.args)
     state1, _ = sweep.step(step, state0)
 
     def is_close(found, known):

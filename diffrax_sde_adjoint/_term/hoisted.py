@@ -44,10 +44,15 @@ class _HoistedTerm(diffrax.AbstractTerm):
 
 
 def hoist_closures(
-    terms: PyTree[diffrax.AbstractTerm], t: RealScalarLike, y: Y, args: Args
+    terms: PyTree[diffrax.AbstractTerm],
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
+    adjoint: str,
 ) -> PyTree[diffrax.AbstractTerm]:
     """`terms`, none of whose vector fields refers to a traced array by closure. An
-    error if one of their products is not of the structure of the solution.
+    error if one of their products is not of the structure of the solution. `adjoint` is
+    a name for messages.
     """
 
     def hoist_vf(term: diffrax.AbstractTerm, y: Y) -> diffrax.AbstractTerm:
@@ -59,13 +64,13 @@ def hoist_closures(
             return control, product(term, term.vf(t, y, args), control, y)
 
         everything, *_ = eqx.filter_make_jaxpr(evaluate)(term, t, y, args)
-        _check_controls(set(map(id, closure)), everything.consts)
+        _check_controls(set(map(id, closure)), everything.consts, adjoint)
         if not any(isinstance(x, jax.core.Tracer) for x in closure):
             return term
         if isinstance(unwrap(term), diffrax.UnderdampedLangevinDriftTerm):
             raise NotImplementedError(
                 "`UnderdampedLangevinDriftTerm(grad_f=...)` must not refer to an array "
-                "that is traced by JAX with `adjoint=StochasticAdjoint()`. Make it a "
+                f"that is traced by JAX with `adjoint={adjoint}()`. Make it a "
                 "part of `grad_f`, as an `equinox.Module` or `jax.tree_util.Partial`, "
                 "or use `adjoint=diffrax.RecursiveCheckpointAdjoint()`."
             )
@@ -80,13 +85,15 @@ def hoist_closures(
     return jtu.tree_map(hoist_all, terms, y, is_leaf=is_term)
 
 
-def _check_controls(of_vector_field: set[int], everything: list[Any]) -> None:
+def _check_controls(
+    of_vector_field: set[int], everything: list[Any], adjoint: str
+) -> None:
     """An error if a control is differentiated in what it refers to by closure."""
     for x in everything:
         if isinstance(x, jax.core.Tracer) and id(x) not in of_vector_field:
             nondifferentiable(
                 x,
-                msg="`adjoint=StochasticAdjoint()` does not differentiate what a "
+                msg=f"`adjoint={adjoint}()` does not differentiate what a "
                 "control refers to by closure. Make it a part of the control, as in "
                 "`diffrax.ControlTerm(vector_field, jax.tree_util.Partial(f, x))`, or "
                 "use `adjoint=diffrax.RecursiveCheckpointAdjoint()`.",

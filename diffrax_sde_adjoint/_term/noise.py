@@ -79,7 +79,7 @@ def _control(noise: diffrax.AbstractTerm) -> Any:
 
 
 class _Shape(diffrax.AbstractPath):
-    """Of a path, no more than what its increments look like."""
+    """A path of which no more is known than what its increments look like."""
 
     t0: RealScalarLike
     t1: RealScalarLike

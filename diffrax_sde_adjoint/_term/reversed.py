@@ -13,7 +13,7 @@ from .._compat import Args, RealScalarLike, Y
 from .base import AbstractForwardingTerm, is_single_term
 
 
-def reverse_control(control: PyTree[Any]) -> PyTree[Any]:
+def reversed_control(control: PyTree[Any]) -> PyTree[Any]:
     r"""The control over an interval, for going through it from right to left.
 
     An increment changes its sign, and so does the length of the interval. Of the Lévy
@@ -54,7 +54,7 @@ class _Reversed(AbstractForwardingTerm):
     term: diffrax.AbstractTerm
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
-        return reverse_control(self.term.contr(t1, t0, **kwargs))
+        return reversed_control(self.term.contr(t1, t0, **kwargs))
 
     def is_vf_expensive(
         self, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
@@ -62,6 +62,6 @@ class _Reversed(AbstractForwardingTerm):
         return self.term.is_vf_expensive(t1, t0, y, args)
 
 
-def reverse(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
+def reversed_terms(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[diffrax.AbstractTerm]:
     """`terms`, for a step from `t1` to `t0`."""
     return jtu.tree_map(_Reversed, terms, is_leaf=is_single_term)

@@ -25,15 +25,6 @@ _singular = (
 )
 
 
-class Rate(eqx.Module):
-    """The rate of change that is due to a term of time."""
-
-    term: diffrax.ODETerm
-
-    def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
-        return self.term.vf_prod(t, y, args, 1)
-
-
 def sum_like(tree: PyTree[Array], divergence: Divergence) -> Divergence:
     """The sum over all leaves and all axes behind those of the divergence."""
     num_axes = divergence.ndim
@@ -54,7 +45,7 @@ def add(*trees: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
 
 
-class Shift(eqx.Module):
+class GirsanovShift(eqx.Module):
     """By what the noise of the prior is moved to have the posterior: `u`, for each of
     the noises. It is given, or what moves the drift from one to the other.
     """

@@ -21,11 +21,12 @@ from jaxtyping import Array, PyTree
 
 from .._autodiff.dependence import depends_on
 from .._compat import Args, RealScalarLike, Y
-from .._term.base import is_single_term
+from .._term.base import Rate, is_single_term
 from .._term.noise import (
     AbstractConvertedDrift,
     Sense,
     check_independent,
+    has_own_control,
     is_noise,
     without_path,
 )
@@ -225,9 +226,13 @@ def _convert(
     noises = [x for x in leaves if is_noise(x)]
     check_independent(noises)
     noises = [without_path(x) for x in noises]
-    is_drift = [type(x) is diffrax.ODETerm for x in leaves]
+    # Of a user's own term too, so that there is no term more than before, for solvers
+    # that take just two.
+    is_drift = [
+        isinstance(x, diffrax.ODETerm) and not has_own_control(x) for x in leaves
+    ]
     first = is_drift.index(True) if True in is_drift else None
-    drift = None if first is None else leaves[first].vector_field
+    drift = None if first is None else Rate(leaves[first])
     corrected = diffrax.ODETerm(
         _CorrectedDrift(
             drift=drift, noises=noises, sense=sense, elementwise=elementwise

@@ -17,6 +17,7 @@ second, a diffusion of its own. Whether the SDEs are meant in the sense of Itô 
 Stratonovich makes no difference to $u$, as it does not to the difference of drifts.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import VF, Args, RealScalarLike, Y
-from .._term.base import is_single_term
+from .._term.base import Rate, is_single_term
 from .._term.noise import (
     Sense,
     check_independent,
@@ -38,7 +39,7 @@ from .._term.noise import (
     is_noise,
     without_path,
 )
-from .girsanov import Divergence, Drift, Rate, Shift, add, sum_like
+from .girsanov import Divergence, Drift, GirsanovShift, add, sum_like
 from .ito import correction
 
 
@@ -96,7 +97,7 @@ class _AugmentedDrift(eqx.Module):
     """The drift of the solution, and that of the divergence."""
 
     drift: Drift | None
-    shift: Shift | None
+    shift: GirsanovShift | None
     noises: Sequence[diffrax.ControlTerm]
 
     def __call__(
@@ -127,7 +128,7 @@ class _AugmentedDiffusion(eqx.Module):
     """The diffusion of the solution, and that of the divergence, if it has one."""
 
     noise: diffrax.ControlTerm
-    shift: Shift | None
+    shift: GirsanovShift | None
     index: int | None = eqx.field(static=True)
 
     def __call__(
@@ -251,7 +252,7 @@ def path_kl(
         }
         ```
     """
-    make_shift = lambda drifts, noises: Shift(drifts, noises, prior, None, throw)
+    make_shift = functools.partial(GirsanovShift, prior=prior, shift=None, throw=throw)
     return _augment(terms, make_shift, log_ratio, "path_kl")
 
 
@@ -292,13 +293,13 @@ def path_kl_of_shift(
     `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
     noise.
     """
-    make_shift = lambda drifts, noises: Shift(drifts, noises, None, shift, False)
+    make_shift = functools.partial(GirsanovShift, prior=None, shift=shift, throw=False)
     return _augment(terms, make_shift, log_ratio, "path_kl_of_shift")
 
 
 def _augment(
     terms: PyTree[diffrax.AbstractTerm],
-    make_shift: Callable[[list[Drift], list[diffrax.ControlTerm]], Shift],
+    make_shift: Callable[..., GirsanovShift],
     log_ratio: str | None,
     name: str,
 ) -> diffrax.MultiTerm:
@@ -328,7 +329,7 @@ def _augment(
         )
     check_independent(noises)
     drifts = [Rate(x) for x in leaves if isinstance(x, diffrax.ODETerm)]
-    shift = make_shift(drifts, [without_path(x) for x in noises])
+    shift = make_shift(drifts=drifts, noises=[without_path(x) for x in noises])
 
     def diffusion(term: diffrax.ControlTerm) -> _AugmentedDiffusion:
         index = next((i for i, x in enumerate(noises) if x is term), None)

@@ -19,7 +19,7 @@ import numpy as np
 from diffrax_sde_adjoint import (
     EES25,
     EES27,
-    BackwardSDE,
+    BackwardSDEAdjoint,
     BrownianInterval,
     Reversible,
     ReversibleHeun,
@@ -31,7 +31,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.45"
 
 EXACT = StochasticAdjoint()
-BACKWARD = StochasticAdjoint(backward=BackwardSDE())
+BACKWARD = BackwardSDEAdjoint()
 REFERENCE = diffrax.RecursiveCheckpointAdjoint()
 # From a name to a solver, an adjoint and a style.
 WAYS = {
@@ -45,12 +45,16 @@ WAYS = {
         diffrax.BacksolveAdjoint(),
         dict(color=GREY, marker="o", linestyle="--"),
     ),
-    "Midpoint, BackwardSDE": (
+    "Midpoint, BackwardSDEAdjoint": (
         diffrax.Midpoint(),
         BACKWARD,
         dict(color=ORANGE, marker="s"),
     ),
-    "Heun, BackwardSDE": (diffrax.Heun(), BACKWARD, dict(color=ORANGE, marker="o")),
+    "Heun, BackwardSDEAdjoint": (
+        diffrax.Heun(),
+        BACKWARD,
+        dict(color=ORANGE, marker="o"),
+    ),
     "EES25": (EES25(), EXACT, dict(color=GREEN, marker="v")),
     "EES27": (EES27(), EXACT, dict(color=GREEN, marker="^")),
     "Reversible(Heun())": (
@@ -63,15 +67,22 @@ WAYS = {
 BATCH, DIM, NOISE, WIDTH = 32, 32, 16, 8
 STEPS = tuple(2**i for i in range(9))
 
-# dy = -5 y dt + 0.5 dW over [0, 10] with steps of 0.01
+# dy = -5 y dt + 0.5 dW over [0, 10] with steps of 0.01: from a name to a solver and a
+# class of adjoints.
 CONTRACTING = {
-    "ReversibleHeun": (ReversibleHeun(), {}),
-    "EES25": (EES25(), {}),
-    "EES27": (EES27(), {}),
-    "Reversible(Heun(), coupling=0.999)": (Reversible(diffrax.Heun()), {}),
-    "Reversible(Heun(), coupling=0.9)": (Reversible(diffrax.Heun(), 0.9), {}),
-    "Heun, making steps again": (diffrax.Heun(), {}),
-    "Heun, BackwardSDE": (diffrax.Heun(), dict(backward=BackwardSDE())),
+    "ReversibleHeun": (ReversibleHeun(), StochasticAdjoint),
+    "EES25": (EES25(), StochasticAdjoint),
+    "EES27": (EES27(), StochasticAdjoint),
+    "Reversible(Heun(), coupling=0.999)": (
+        Reversible(diffrax.Heun()),
+        StochasticAdjoint,
+    ),
+    "Reversible(Heun(), coupling=0.9)": (
+        Reversible(diffrax.Heun(), 0.9),
+        StochasticAdjoint,
+    ),
+    "Heun, making steps again": (diffrax.Heun(), StochasticAdjoint),
+    "Heun, BackwardSDEAdjoint": (diffrax.Heun(), BackwardSDEAdjoint),
 }
 
 
@@ -222,7 +233,7 @@ def print_contracting() -> None:
     print("| | loss | gradient, float64 | gradient, float32 |")
     print("| --- | --: | --: | --: |")
     _, loss_of_heun = contracting(diffrax.Heun(), REFERENCE, jnp.float64)
-    for name, (solver, kwargs) in CONTRACTING.items():
+    for name, (solver, adjoint_cls) in CONTRACTING.items():
         references = [
             contracting(solver, REFERENCE, dtype)
             for dtype in (jnp.float64, jnp.float32)
@@ -235,7 +246,7 @@ def print_contracting() -> None:
             for dtype, (expected, _) in zip(
                 (jnp.float64, jnp.float32), references, strict=True
             ):
-                adjoint = StochasticAdjoint(checkpoint_every=every, **kwargs)
+                adjoint = adjoint_cls(checkpoint_every=every)
                 actual, _ = contracting(solver, adjoint, dtype)
                 cells.append(relative(actual, expected))
             print("| " + " | ".join(cells) + " |", flush=True)

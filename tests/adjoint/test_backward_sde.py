@@ -1,4 +1,4 @@
-"""`BackwardSDE`: convergence to the gradient of SDEs whose solution is known."""
+"""`BackwardSDEAdjoint`: convergence to the gradient of SDEs whose solution is known."""
 
 import diffrax
 import equinox as eqx
@@ -15,16 +15,16 @@ from helpers import keys, make_system, make_terms, noise_shapes, relative_error,
 
 from diffrax_sde_adjoint import (
     EES25,
-    BackwardSDE,
+    BackwardSDEAdjoint,
     BrownianInterval,
     Reversible,
     ReversibleHeun,
     StochasticAdjoint,
 )
-from diffrax_sde_adjoint._term.reversed import reverse_control
+from diffrax_sde_adjoint._term.reversed import reversed_control
 
 
-adjoint = StochasticAdjoint(backward=BackwardSDE())
+adjoint = BackwardSDEAdjoint()
 _h = diffrax.SpaceTimeLevyArea
 # Solvers, the Lévy area that they need, and their order for noise that commutes.
 solvers = {
@@ -154,7 +154,7 @@ def test_close_to_the_exact_gradient(case):
 
         return eqx.filter_grad(total)(params)
 
-    actual = gradient(StochasticAdjoint(every, BackwardSDE()))
+    actual = gradient(BackwardSDEAdjoint(checkpoint_every=every))
     expected = gradient(diffrax.RecursiveCheckpointAdjoint())
     # Both have an error of this size as approximations of the SDE's.
     error = relative_error(actual, expected)
@@ -187,7 +187,7 @@ def test_numerics_of_its_own():
     expected = flat(diffrax.RecursiveCheckpointAdjoint())
 
     def error(**kwargs):
-        actual = flat(StochasticAdjoint(backward=BackwardSDE(**kwargs)))
+        actual = flat(BackwardSDEAdjoint(**kwargs))
         return jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
 
     coarse = error(dt0=1 / 8)
@@ -266,7 +266,7 @@ def test_reversed_levy_areas():
         )
 
     expected = increment(w[::-1])
-    actual = reverse_control(increment(w))
+    actual = reversed_control(increment(w))
     for name in ("W", "H", "K"):
         error = getattr(actual, name) - getattr(expected, name)
         assert jnp.abs(error) < 1e-12
@@ -279,13 +279,12 @@ def test_reversed_levy_areas():
         A: float
 
     with pytest.raises(ValueError, match="`Other`"):
-        reverse_control([Other(1.0, 2.0, 3.0)])
+        reversed_control([Other(1.0, 2.0, 3.0)])
 
 
 def test_milstein_needs_commutative_noise():
     saveat = diffrax.SaveAt(t1=True)
-    backward = BackwardSDE(solver=diffrax.StratonovichMilstein())
-    milstein = StochasticAdjoint(backward=backward)
+    milstein = BackwardSDEAdjoint(solver=diffrax.StratonovichMilstein())
     for noise, is_right in (("general", False), ("diagonal", True)):
         loss, params = make_loss(noise, jnp.float64, diffrax.Heun(), saveat, dt=1 / 16)
         gradient = eqx.filter_jit(
@@ -314,7 +313,7 @@ def test_a_backward_solve_that_goes_astray_is_an_error():
             4.0,
             0.01,
             y0,
-            adjoint=StochasticAdjoint(every, BackwardSDE(dt0=dt0)),
+            adjoint=BackwardSDEAdjoint(dt0=dt0, checkpoint_every=every),
             throw=throw,
         )
         assert sol.ys is not None
@@ -440,23 +439,21 @@ def test_unsupported():
     run("steps=", saveat=saveat(steps=True))
     run("fn=", saveat=saveat(t1=True, fn=lambda t, y, args: y[0]))
     run("events", event=diffrax.Event(lambda t, y, args, **kwargs: y[0] > 5))
-    with_solver = lambda x: StochasticAdjoint(backward=BackwardSDE(solver=x))
+    with_solver = lambda x: BackwardSDEAdjoint(solver=x)
     run("is for additive noise", with_solver(diffrax.SRA1()))
     run("not a solver for SDEs", with_solver(diffrax.Tsit5()))
     run("`LeapfrogMidpoint`", with_solver(diffrax.LeapfrogMidpoint()))
     run("`QUICSORT`", with_solver(diffrax.QUICSORT()))
     run(
         "adaptive steps of `Euler`",
-        StochasticAdjoint(
-            backward=BackwardSDE(
-                solver=diffrax.HalfSolver(diffrax.Euler()),
-                stepsize_controller=diffrax.PIDController(1e-3, 1e-3),
-            )
+        BackwardSDEAdjoint(
+            solver=diffrax.HalfSolver(diffrax.Euler()),
+            stepsize_controller=diffrax.PIDController(1e-3, 1e-3),
         ),
     )
     run(
         "to know how many states to keep",
-        StochasticAdjoint(checkpoint_every=5, backward=BackwardSDE()),
+        BackwardSDEAdjoint(checkpoint_every=5),
         max_steps=None,
     )
     run(
@@ -465,7 +462,7 @@ def test_unsupported():
         stepsize_controller=diffrax.StepTo(jnp.linspace(0.0, 1.0, 5)),
     )
     with pytest.raises(ValueError, match="which is positive"):
-        BackwardSDE(dt0=-0.1)
+        BackwardSDEAdjoint(dt0=-0.1)
 
     def of_times(ts):
         return loss(params, jr.key(0), adjoint, dt0=ts)
@@ -507,7 +504,7 @@ def test_unsupported():
                 1.0,
                 0.1,
                 y0,
-                adjoint=StochasticAdjoint(backward=BackwardSDE(solver=backward)),
+                adjoint=BackwardSDEAdjoint(solver=backward),
             )
             assert sol.ys is not None
             return sol.ys[0]

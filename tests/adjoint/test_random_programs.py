@@ -12,7 +12,7 @@ import pytest
 from programs import Program, assert_equal, ours, solvers, takes_any_terms, theirs
 from test_adjoint_cases import with_levy_area
 
-from diffrax_sde_adjoint._solver import is_kind
+from diffrax_sde_adjoint._solver import has_layer
 
 
 _for_any_noise = (
@@ -124,7 +124,7 @@ def draw(seed: int) -> Program:
         senses = ("", ", ito", ", stratonovich")
         senses = ("",) if solver in _for_additive_noise else senses
         elementwise = ("", ", elementwise") if noise == "diagonal" else ("",)
-        is_ito = is_kind(solvers[solver], diffrax.AbstractItoSolver)
+        is_ito = has_layer(solvers[solver], diffrax.AbstractItoSolver)
         convert = "stratonovich_to_ito" if is_ito else "ito_to_stratonovich"
         conversions += [f"{convert}{choose(elementwise)}"]
         if state != "complex":
@@ -183,7 +183,7 @@ refusals = (
     # A path without length.
     "must be finite, with `t0 < t1`",
     # It is not known what noise there is in a user's own term.
-    "There is a Brownian path inside of a term, but not as its control",
+    "but not as its control, so that it is not known what noise this is",
     "must consist of `diffrax.ODETerm` and `diffrax.ControlTerm`",
     "could not undo the steps of the solve",
     "`ReversibleHeun` is not stable on this solve",

@@ -7,7 +7,7 @@ Everything has the dtype of `y0`, and what is differentiated is always `(params,
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import diffrax
 import jax
@@ -112,11 +112,13 @@ def virtual_brownian_tree(
 
 
 def ours(
-    num_steps: int, solver: diffrax.AbstractSolver | None = None, **kwargs: Any
+    num_steps: int,
+    solver: diffrax.AbstractSolver | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Loss:
-    """With the arguments of `StochasticAdjoint`."""
+    """By default with `ReversibleHeun` and `StochasticAdjoint`."""
     solver = ReversibleHeun() if solver is None else solver
-    adjoint = StochasticAdjoint(**kwargs)
+    adjoint = StochasticAdjoint() if adjoint is None else adjoint
     return diffrax_loss(num_steps, brownian_interval, solver, adjoint)
 
 

@@ -9,7 +9,14 @@ import jax.random as jr
 import ou
 import pytest
 
-from diffrax_sde_adjoint import EES25, EES27, BackwardSDE, Reversible, ReversibleHeun
+from diffrax_sde_adjoint import (
+    EES25,
+    EES27,
+    BackwardSDEAdjoint,
+    Reversible,
+    ReversibleHeun,
+    StochasticAdjoint,
+)
 
 
 _nums_steps = (100, 1_000, 10_000, 100_000)
@@ -22,17 +29,17 @@ def _temporary_bytes(loss: ou.Loss, *args) -> int:
     return memory.temp_size_in_bytes
 
 
-# Solvers, what is passed to the adjoint, and whether steps are made again.
-_backward = dict(backward=BackwardSDE())
+# Solvers, adjoints, and whether steps are made again.
+_exact, _backward = StochasticAdjoint(), BackwardSDEAdjoint()
 _ways = {
-    "ReversibleHeun": (ReversibleHeun(), {}, False),
-    "Heun": (diffrax.Heun(), {}, True),
-    "EES25": (EES25(), {}, False),
-    "EES27": (EES27(), {}, False),
-    "Reversible(Heun())": (Reversible(diffrax.Heun()), {}, False),
-    "Heun, BackwardSDE": (diffrax.Heun(), _backward, False),
-    "Euler, BackwardSDE": (diffrax.Euler(), _backward, False),
-    "SPaRK, BackwardSDE": (diffrax.SPaRK(), _backward, False),
+    "ReversibleHeun": (ReversibleHeun(), _exact, False),
+    "Heun": (diffrax.Heun(), _exact, True),
+    "EES25": (EES25(), _exact, False),
+    "EES27": (EES27(), _exact, False),
+    "Reversible(Heun())": (Reversible(diffrax.Heun()), _exact, False),
+    "Heun, BackwardSDEAdjoint": (diffrax.Heun(), _backward, False),
+    "Euler, BackwardSDEAdjoint": (diffrax.Euler(), _backward, False),
+    "SPaRK, BackwardSDEAdjoint": (diffrax.SPaRK(), _backward, False),
 }
 _cases = [
     *(
@@ -51,11 +58,11 @@ def test_growth(way, shape, dtype, record_row):
     made again, that of the states that are kept.
     """
     args = (*ou.initial(shape, dtype), jr.key(0))
-    solver, kwargs, is_replayed = _ways[way]
+    solver, adjoint, is_replayed = _ways[way]
     sizes = lambda make_loss: [
         _temporary_bytes(make_loss(num_steps), *args) for num_steps in _nums_steps
     ]
-    ours = sizes(lambda num_steps: ou.ours(num_steps, solver, **kwargs))
+    ours = sizes(lambda num_steps: ou.ours(num_steps, solver, adjoint))
     checkpointed = sizes(lambda num_steps: ou.checkpointed(num_steps, solver=solver))
     for name, sizes in (
         ("StochasticAdjoint", ours),

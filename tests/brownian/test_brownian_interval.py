@@ -21,7 +21,7 @@ from helpers import keys, struct
 from diffrax_sde_adjoint import BrownianInterval
 from diffrax_sde_adjoint._brownian import draws as brownian_draws, refine
 from diffrax_sde_adjoint._brownian.query import draw_cell
-from diffrax_sde_adjoint._term.reversed import reverse_control
+from diffrax_sde_adjoint._term.reversed import reversed_control
 
 
 f64 = jnp.float64
@@ -563,7 +563,7 @@ def test_from_right_to_left(grid, levy_area):
     """As a solver goes through it, see `_term/reversed.py`."""
     path = make_path(jr.key(0), levy_area=levy_area, **grid)
     for query in ((0.5, 0.75), (0.6, 1.7), (1.0, 1.0)):
-        expected = reverse_control(path.evaluate(*query, use_levy=True))
+        expected = reversed_control(path.evaluate(*query, use_levy=True))
         actual = path.evaluate(*query[::-1], use_levy=True)
         assert eqx.tree_equal(actual, expected, rtol=1e-12, atol=1e-15)
 

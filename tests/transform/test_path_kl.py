@@ -14,7 +14,7 @@ import pytest
 from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
 
 from diffrax_sde_adjoint import (
-    BackwardSDE,
+    BackwardSDEAdjoint,
     BrownianInterval,
     ReversibleHeun,
     StochasticAdjoint,
@@ -272,7 +272,7 @@ def test_shifts_and_adjoints(noise, dtype):
         actual = gradient(args, StochasticAdjoint(), is_shift)
         assert relative_error(actual, expected) < tol
     if dtype == jnp.float64:
-        backward = StochasticAdjoint(backward=BackwardSDE())
+        backward = BackwardSDEAdjoint()
         assert 1e-7 < relative_error(gradient(args, backward, False), expected) < 0.2
 
 

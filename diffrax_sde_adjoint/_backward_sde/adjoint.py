@@ -1,0 +1,212 @@
+"""`BackwardSDEAdjoint`: what it is, and how its backward solve is made."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._compat import (
+    RealScalarLike,
+    State,
+    WrapTerm,
+    nondifferentiable,
+    nondifferentiable_backward,
+)
+from .._forward.solve import Derivative, check_checkpoint_every, prepare, solve
+from .._solver import Reversible, ReversibleHeun
+from .._solver.stage_loops import without_loops
+from .._term.base import is_single_term
+from .checks import Equation, check_numerics, check_supported, instead
+from .rule import BackwardSDERule, Numerics, first_derivatives_only, no_numerics
+
+
+_no_solver_state = (
+    "`adjoint=BackwardSDEAdjoint(...)` does not differentiate `solver_state`. "
+    f"{instead}"
+)
+_no_forward_mode = (
+    "`adjoint=BackwardSDEAdjoint(...)` does not support forward mode (`jax.jvp`, "
+    "`jax.jacfwd`, `jax.linearize`). Use `adjoint=diffrax.ForwardMode()` instead, or "
+    "`diffrax_sde_adjoint.forward_sensitivity`, or reverse mode (`jax.grad`, "
+    "`jax.jacrev`)."
+)
+
+
+class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
+    r"""Approximate gradients, by solving an SDE backwards in time (Li, Wong, Chen,
+    Duvenaud 2020).
+
+    ```python
+    diffeqsolve(..., adjoint=BackwardSDEAdjoint())
+    ```
+
+    The cotangent of the solution is itself the solution of a Stratonovich SDE, along
+    the same path from right to left. It is solved together with the original SDE, from
+    the final state on, and cotangents arrive where the solution was saved. Those of the
+    parameters are an integral along the way, which takes one VJP for each evaluation of
+    a vector field, and which no step size controller looks at.
+
+    Gradients are *approximate*: they have an error that goes to zero with the step size
+    of both solves. Those of [`diffrax_sde_adjoint.StochasticAdjoint`][] are exact, and
+    to be preferred. This is for what only the backward SDE can do: constant memory with
+    any solver, and numerics of its own.
+
+    Memory is that of a single step of the backward solve, whatever the number of steps.
+    `checkpoint_every` adds the states that are kept: the solution starts anew from
+    each. A step costs one evaluation of the vector field and
+    two VJPs for each of the solver's; for Itô SDEs, also those of the corrections.
+
+    - *Terms*: what drives an SDE has to be seen: a [`diffrax.ControlTerm`][] whose
+        control is a Brownian path, and not a function that evaluates one, which would
+        be taken for a smooth control.
+    - *Solvers*: any of diffrax's for Stratonovich or Itô SDEs, or for ODEs, but for
+        those of underdamped Langevin dynamics, `SemiImplicitEuler` and
+        `LeapfrogMidpoint`. Reversible solvers make the steps of the method that they
+        are built on. Those for additive noise (`SEA`, `SRA1`, `ShARK`) need it, and it
+        is checked; Milstein's need commutative noise, and this is checked where the
+        solve ends.
+    - *Itô SDEs*, those that were solved with a solver for them, are converted to
+        Stratonovich form, and back if the backward solver is for Itô SDEs too. This
+        takes a JVP of the diffusion for each number of the noise: see
+        [`diffrax_sde_adjoint.ito_to_stratonovich`][].
+    - *Outputs*: `SaveAt(t0=..., t1=..., ts=...)`, also as several `SubSaveAt`.
+    - Gradients are computed with respect to `y0`, `args`, and what is in the vector
+        fields of `terms` or what these refer to by closure.
+    - Under `jax.vmap`, the gradient in shared parameters is made for every element and
+        then added up. A batch that is a single state does not do so.
+
+    Everything else raises an error, and so do second derivatives, and a backward solve
+    that misses a known state of the forward one by what is worth half of the size of
+    the outputs times their cotangents, to first order.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{li2020scalable,
+            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
+                    Duvenaud, David},
+            title={{S}calable {G}radients for {S}tochastic {D}ifferential
+                   {E}quations},
+            booktitle={International Conference on Artificial Intelligence and
+                       Statistics},
+            year={2020}
+        }
+        ```
+    """
+
+    solver: diffrax.AbstractSolver | None = None
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None
+    dt0: RealScalarLike | None = None
+    max_steps: int | None = eqx.field(static=True, default=None)
+    checkpoint_every: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if isinstance(self.dt0, int | float) and self.dt0 <= 0:
+            raise ValueError(
+                "`BackwardSDEAdjoint(dt0=...)` is the length of a step, which is "
+                f"positive in either direction of time, but is {self.dt0}."
+            )
+        check_checkpoint_every("BackwardSDEAdjoint", self.checkpoint_every)
+
+    def loop(
+        self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
+    ) -> tuple[State, Any]:
+        del passed_controller_state
+        kwargs = prepare(self, "BackwardSDEAdjoint", **kwargs)
+        assert self is not None
+        init_state = kwargs["init_state"]
+        if self.checkpoint_every is not None and kwargs["max_steps"] is None:
+            raise ValueError(
+                "`BackwardSDEAdjoint(checkpoint_every=...)` needs "
+                "`diffeqsolve(..., max_steps=...)`, to know how many states to keep."
+            )
+        equation = check_supported(
+            kwargs["solver"],
+            kwargs["terms"],
+            kwargs["saveat"],
+            kwargs["event"],
+            init_state.y,
+        )
+        numerics = self._numerics(equation, init_state.tprev.dtype, **kwargs)
+        numerics = nondifferentiable(numerics, msg=no_numerics)
+        if passed_solver_state:
+            kwargs["init_state"] = eqx.tree_at(
+                lambda s: s.solver_state,
+                init_state,
+                nondifferentiable(init_state.solver_state, msg=_no_solver_state),
+            )
+        derivative = Derivative(
+            rule=BackwardSDERule(equation, throw),
+            residuals=(init_state.tprev, numerics),
+            steps_per_page=self.checkpoint_every,
+            takes_snapshots=True,
+            no_second_derivative=first_derivatives_only,
+            no_forward_mode=_no_forward_mode,
+        )
+        state, aux = solve(self, derivative, **kwargs)
+        solver_state = nondifferentiable_backward(
+            state.solver_state, msg=_no_solver_state, symbolic=False
+        )
+        is_none = lambda x: x is None
+        state = eqx.tree_at(
+            lambda s: s.solver_state, state, solver_state, is_leaf=is_none
+        )
+        return state, aux
+
+    def _numerics(
+        self,
+        equation: Equation,
+        time_dtype: Any,
+        *,
+        solver,
+        terms,
+        stepsize_controller,
+        dt0,
+        max_steps,
+        **kwargs,
+    ) -> Numerics:
+        """Those of the forward solve, where this does not say otherwise."""
+        del kwargs
+        if self.solver is not None:
+            solver = without_loops(self.solver)
+        # As every step starts from the solution alone, these make the steps of others.
+        if type(solver) in (diffrax.ReversibleHeun, ReversibleHeun):
+            solver = diffrax.Heun()
+        if type(solver) is Reversible:
+            solver = solver.solver
+        leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+        (direction, *_) = [x.direction for x in leaves if isinstance(x, WrapTerm)]
+        controller = stepsize_controller
+        if self.stepsize_controller is not None:
+            controller = self.stepsize_controller.wrap(direction)
+        check_numerics(equation, solver, controller)
+        return Numerics(
+            solver=solver,
+            stepsize_controller=controller.wrap(-1),
+            dt0=dt0 if self.dt0 is None else jnp.asarray(self.dt0, time_dtype),
+            max_steps=max_steps if self.max_steps is None else self.max_steps,
+        )
+
+
+BackwardSDEAdjoint.__init__.__doc__ = """**Arguments:**
+
+Of the backward solve; each of the first four is that of the forward solve by default.
+
+- `solver`: the solver.
+- `stepsize_controller`: the step size controller, with times (such as `jump_ts`) as for
+    the forward solve. The error that it looks at is that of the solution and of its
+    cotangent, whose size is that of the loss; a `norm` is called with this pair.
+- `dt0`: the length of the first step after each time at which the solution was saved.
+    A positive number.
+- `max_steps`: how many steps there may be between two times at which the solution was
+    saved.
+- `checkpoint_every`: keep the state of the forward solve every so many accepted steps.
+    The backward solve starts anew from every state that is kept; by default nothing is
+    kept.
+
+**Raises:**
+
+`ValueError` if `dt0` is not positive, or `checkpoint_every` is not a positive integer.
+"""

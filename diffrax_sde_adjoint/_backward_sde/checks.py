@@ -1,0 +1,224 @@
+"""What `BackwardSDEAdjoint` does not accept, as its gradient would not be right: of the
+forward solve, of the options of the backward one, and of the two together.
+"""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._autodiff.dependence import depends_on
+from .._compat import RealScalarLike, Y, save_y
+from .._misc import zeros_like
+from .._solver import has_layer
+from .._solver.unrolled_srk import is_for_additive_noise
+from .._term.base import is_single_term, unwrap
+from .._term.noise import check_independent, has_own_control, is_noise
+from .adjoint_terms import ForwardTerms, Role
+
+
+instead = "Use `adjoint=StochasticAdjoint()` instead."
+
+
+class Equation(NamedTuple):
+    """What the backward solve has to know of the forward one: what moves its solution,
+    and whether this is that of an Itô SDE.
+    """
+
+    roles: tuple[Role, ...]
+    is_ito: bool
+
+
+def check_supported(
+    solver: diffrax.AbstractSolver,
+    terms: PyTree[diffrax.AbstractTerm],
+    saveat: diffrax.SaveAt,
+    event: diffrax.Event | None,
+    y: Y,
+) -> Equation:
+    """Raises an error if a solve is not supported, as it would be without a gradient
+    that is known to be right.
+    """
+    unsupported = lambda what: ValueError(
+        f"`adjoint=BackwardSDEAdjoint(...)` does not support {what}. {instead}"
+    )
+    if event is not None:
+        raise unsupported("events")
+    is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)
+    if saveat.dense:
+        raise unsupported("`SaveAt(dense=True)`")
+    if any(sub.steps for sub in subs):
+        raise unsupported("`SaveAt(steps=...)`")
+    if any(sub.fn is not save_y for sub in subs):
+        raise unsupported("`SaveAt(fn=...)`")
+    if not all(
+        jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in jtu.tree_leaves(y)
+    ):
+        raise unsupported("complex states")
+
+    if not isinstance(terms, diffrax.AbstractTerm):
+        raise unsupported(
+            f"the solver `{type(solver).__name__}`, which does not take a single term"
+        )
+    leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    check_independent([x for x in leaves if is_noise(x)])
+    roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
+    is_ito = has_layer(solver, diffrax.AbstractItoSolver)
+    if "noise" in roles:
+        if not is_ito and not has_layer(solver, diffrax.AbstractStratonovichSolver):
+            raise unsupported(
+                f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
+                "converge to the Itô or the Stratonovich solution"
+            )
+        if is_ito:
+            _check_drift(roles)
+    return Equation(roles, is_ito and "noise" in roles)
+
+
+def _check_drift(roles: tuple[Role, ...]) -> None:
+    if "drift" not in roles:
+        raise ValueError(
+            "`BackwardSDEAdjoint` with a solver for Itô SDEs needs a drift to add a "
+            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
+            "may be zero, and the noise."
+        )
+
+
+def _role(term: diffrax.AbstractTerm) -> Role:
+    inner = unwrap(term)
+    if isinstance(inner, diffrax.UnderdampedLangevinDriftTerm):
+        return "drift"
+    if isinstance(inner, diffrax.ODETerm):
+        return "control" if has_own_control(inner) else "drift"
+    return "noise" if is_noise(term) else "control"
+
+
+def check_numerics(
+    equation: Equation,
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+) -> None:
+    """An error if the backward SDE cannot be solved so."""
+    name = type(solver).__name__
+    has_noise = "noise" in equation.roles
+    is_ito = has_layer(solver, diffrax.AbstractItoSolver)
+    if has_layer(solver, (diffrax.AbstractFosterLangevinSRK, diffrax.LeapfrogMidpoint)):
+        raise ValueError(
+            f"`BackwardSDEAdjoint` does not support the solver `{name}` backwards in "
+            "time. Pass another one for the backward solve, as in "
+            "`BackwardSDEAdjoint(solver=diffrax.Heun())`."
+        )
+    is_for_sdes = is_ito or has_layer(solver, diffrax.AbstractStratonovichSolver)
+    if has_noise and not is_for_sdes:
+        raise ValueError(
+            f"`BackwardSDEAdjoint(solver={name}())` is not a solver for SDEs. Pass one "
+            "that is, such as `diffrax.Heun()`."
+        )
+    if has_noise and is_ito:
+        _check_drift(equation.roles)
+    if type(controller) is diffrax.StepTo:
+        raise ValueError(
+            "`BackwardSDEAdjoint` does not support `StepTo`, as it also stops where "
+            "the solution was saved. Pass another step size controller for the "
+            "backward solve, as in `BackwardSDEAdjoint(stepsize_controller="
+            "diffrax.ConstantStepSize(), dt0=...)`."
+        )
+    is_adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    if has_noise and has_layer(solver, diffrax.Euler) and is_adaptive:
+        raise ValueError(
+            "`BackwardSDEAdjoint` does not support adaptive steps of `Euler`, which "
+            "may not converge. Pass another solver, as in "
+            "`BackwardSDEAdjoint(solver=diffrax.HalfSolver(diffrax.Heun()))`."
+        )
+
+
+def check_controls(forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike) -> None:
+    def controls(diff):
+        terms, _ = forward.terms(diff)
+        return [term.contr(t, t) for term in terms]
+
+    if depends_on(controls, diff):
+        raise ValueError(
+            "`adjoint=BackwardSDEAdjoint(...)` does not "
+            "differentiate with respect to what is in a control or a Brownian path. "
+            f"{instead}"
+        )
+
+
+def _noises(
+    forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike
+) -> list[tuple[int, PyTree[Array]]]:
+    """The terms that are noise, each with a zero for its increment."""
+    terms, _ = forward.terms(diff)
+    return [
+        (i, zeros_like(eqx.filter_eval_shape(term.contr, t, t)))
+        for i, (term, role) in enumerate(zip(terms, forward.roles, strict=True))
+        if role == "noise"
+    ]
+
+
+def check_additive(
+    forward: ForwardTerms,
+    diff: PyTree[Any],
+    solver: diffrax.AbstractSolver,
+    t: Any,
+    y: Y,
+) -> None:
+    """An error for a solver that is for additive noise only, if noise is not."""
+    if not is_for_additive_noise(solver):
+        return
+    for i, zero in _noises(forward, diff, t):
+        fn = lambda y, i=i, zero=zero: forward.increment(i, diff, t, y, zero)
+        if depends_on(fn, y):
+            raise ValueError(
+                "The solver of `BackwardSDEAdjoint` is for additive noise, but the "
+                "diffusion depends on the state, so that the backward SDE would be "
+                "wrong. Pass a solver for any noise, as in "
+                "`BackwardSDEAdjoint(solver=diffrax.Heun())`."
+            )
+
+
+def does_not_commute(
+    forward: ForwardTerms,
+    diff: PyTree[Any],
+    solver: diffrax.AbstractSolver,
+    t: Any,
+    y: Y,
+) -> Bool[Array, ""] | None:
+    """Whether, for a Milstein solver, the columns of the diffusion have Lie brackets;
+    `None` if they have none for sure.
+    """
+    milstein = (diffrax.StratonovichMilstein, diffrax.ItoMilstein)
+    noises = _noises(forward, diff, t)
+    if not has_layer(solver, milstein) or len(noises) == 0:
+        return None
+    flat, unravel = jfu.ravel_pytree([zero for _, zero in noises])
+    if flat.size == 1:
+        return None
+
+    def column(y, unit):
+        parts = [
+            forward.increment(i, diff, t, y, control)
+            for (i, _), control in zip(noises, unravel(unit), strict=True)
+        ]
+        return jtu.tree_map(lambda *x: sum(x[1:], x[0]), *parts)
+
+    def derivative(unit0, unit1):
+        fn = lambda y: column(y, unit0)
+        _, out = jax.jvp(fn, (y,), (column(y, unit1),))
+        return out
+
+    units = jnp.eye(flat.size, dtype=flat.dtype)
+    all_pairs = jax.vmap(jax.vmap(derivative, (None, 0)), (0, None))(units, units)
+    bracket = jtu.tree_map(lambda x: x - jnp.swapaxes(x, 0, 1), all_pairs)
+    largest = lambda tree: jnp.max(
+        jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jtu.tree_leaves(tree)])
+    )
+    eps = float(jnp.finfo(flat.dtype).eps)
+    return largest(bracket) > eps**0.5 * largest(all_pairs)

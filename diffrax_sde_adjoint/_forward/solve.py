@@ -1,0 +1,248 @@
+"""The forward solve, for an adjoint whose derivative is a rule.
+
+A solve is diffrax's own, up to its loop over steps. This runs without derivatives, and
+records what the rule needs. Everything before and after the loop, such as the initial
+state of the solver, the time of an event or the output of `diffeqsolve`, is
+differentiated by JAX.
+"""
+
+import functools as ft
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._autodiff.custom_derivative import Rule, detach, with_derivative
+from .._brownian.steps import warn_of_costly_steps
+from .._compat import (
+    State,
+    is_unsafe_sde,
+    nondifferentiable,
+    nondifferentiable_backward,
+)
+from .._solver import ReversibleHeun, carried, check_sense
+from .._solver.stage_loops import in_forward_mode, without_loops
+from .._term.hoisted import hoist_closures, hoist_save_fns
+from .records import Parameters, Recorded, Start
+from .saved import get_save_states, get_saved
+from .step_sizes import close_over_controller, may_jump
+from .step_times import Loop, distinct, split_times
+from .tape import SolveState, Tape, loop_and_record, plain_while_loop
+
+
+_instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
+
+
+class Derivative(NamedTuple):
+    """How a solve is differentiated.
+
+    The inputs of `rule` are `Parameters` and a `Start`, and it gets what was `Recorded`
+    together with `residuals`. With `steps_per_page` there is a tape of pages of so many
+    steps, and the state at the start of each is kept if it `takes_snapshots`.
+    """
+
+    rule: Rule
+    residuals: Any
+    steps_per_page: int | None
+    takes_snapshots: bool
+    no_second_derivative: str
+    no_forward_mode: str
+
+
+def check_checkpoint_every(name: str, num: Any) -> None:
+    if num is not None and (not isinstance(num, int) or num < 1):
+        raise ValueError(
+            f"`{name}(checkpoint_every=...)` must be a positive integer, or `None`, "
+            f"but is {num}."
+        )
+
+
+def prepare(adjoint: Any, name: str, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of `AbstractAdjoint.loop`, which are checked, with a solver whose
+    steps are those that are made. Messages are those of an `adjoint` of this `name`.
+    """
+    if adjoint is None:
+        # `diffeqsolve` calls this method of whatever it is given.
+        raise ValueError(
+            f"`diffeqsolve(..., adjoint={name})` was given the class. Pass an "
+            f"instance: `adjoint={name}()`."
+        )
+    terms, solver, init_state = (kwargs[x] for x in ("terms", "solver", "init_state"))
+    check_sense(terms, solver)
+    if is_unsafe_sde(terms):
+        raise ValueError(
+            f"`adjoint={name}()` does not support `UnsafeBrownianPath`, as it cannot "
+            "be evaluated again. Use `diffrax_sde_adjoint.BrownianInterval`, which "
+            "costs the same."
+        )
+    times = [kwargs[x] for x in ("t0", "t1", "dt0")]
+    warn_of_costly_steps(terms, kwargs["stepsize_controller"], *times)
+    if type(solver) is diffrax.ReversibleHeun:
+        solver = ReversibleHeun()
+        init_state = eqx.tree_at(
+            lambda s: s.solver_state, init_state, carried(init_state.solver_state)
+        )
+    return {**kwargs, "solver": without_loops(solver), "init_state": init_state}
+
+
+def solve(
+    adjoint: diffrax.AbstractAdjoint,
+    derivative: Derivative,
+    *,
+    args,
+    terms,
+    solver,
+    stepsize_controller,
+    saveat,
+    t0,
+    t1,
+    init_state,
+    **kwargs,
+) -> tuple[State, Any]:
+    """What `AbstractAdjoint.loop` is to return, for arguments from `prepare`."""
+    name = type(adjoint).__name__
+    terms = hoist_closures(terms, t0, init_state.y, args, name)
+    saveat = hoist_save_fns(saveat, t0, init_state.y, args)
+    # With these loops the solver has every derivative.
+    solver = in_forward_mode(
+        nondifferentiable(
+            solver,
+            msg=f"`adjoint={name}()` does not differentiate `solver`. {_instead}",
+        )
+    )
+    # In a batch, an element whose solve has no length makes no step, but one is
+    # evaluated as long as others make some. diffrax would have it leave the path.
+    tnext = jnp.where(t0 < t1, init_state.tnext, init_state.tprev)
+    init_state = eqx.tree_at(lambda s: s.tnext, init_state, tnext)
+    stepsize_controller, sees_solution = close_over_controller(
+        stepsize_controller, terms, solver, init_state, args
+    )
+    t1, stepsize_controller = distinct((t1, stepsize_controller))
+    times = distinct(_get_times(init_state))
+    init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
+    loop = ft.partial(
+        _loop,
+        derivative=derivative,
+        name=name,
+        parameters=Parameters(
+            terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
+        ),
+        times=(t1, stepsize_controller, times),
+        may_have_gaps=init_state.made_jump is not False
+        or may_jump(stepsize_controller),
+        sees_solution=sees_solution,
+    )
+    return adjoint._loop(
+        args=args,
+        terms=terms,
+        solver=solver,
+        stepsize_controller=stepsize_controller,
+        saveat=saveat,
+        t0=t0,
+        t1=t1,
+        init_state=init_state,
+        inner_while_loop=plain_while_loop,
+        outer_while_loop=loop,
+        **kwargs,
+    )
+
+
+def _loop(
+    cond_fun,
+    body_fun,
+    init_state,
+    *,
+    max_steps,
+    buffers,
+    derivative: Derivative,
+    name: str,
+    parameters: Parameters,
+    times,
+    may_have_gaps: bool,
+    sees_solution: bool,
+) -> State:
+    """The loop over the steps of a solve, with its derivative."""
+
+    run = lambda init_state: _run(
+        cond_fun,
+        body_fun,
+        init_state,
+        derivative,
+        may_have_gaps,
+        max_steps=max_steps,
+        buffers=buffers,
+    )
+    loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)
+    of_times, loop = split_times(loop, times)
+    start = Start(
+        SolveState(init_state.y, init_state.solver_state),
+        get_saved(init_state),
+        of_times,
+    )
+    _, detached_start, loop = detach((parameters, start, loop))
+    final_state, tape = nondifferentiable_backward(
+        eqx.combine(detached_start.times, loop)(), msg=derivative.no_second_derivative
+    )
+    num_saved = [x.save_index for x in get_save_states(init_state)]
+    final_state = with_derivative(
+        derivative.rule,
+        parameters,
+        start,
+        (Recorded(tape, num_saved, loop, sees_solution), derivative.residuals),
+        final_state,
+        no_forward_mode=derivative.no_forward_mode,
+    )
+    return eqx.tree_at(
+        lambda s: s.controller_state,
+        final_state,
+        replace_fn=lambda x: nondifferentiable_backward(
+            x,
+            msg=f"`adjoint={name}()` does not differentiate the output "
+            f"`controller_state`. {_instead}",
+            symbolic=False,
+        ),
+        is_leaf=_is_none,
+    )
+
+
+def _run(
+    cond_fun,
+    body_fun,
+    init_state: State,
+    derivative: Derivative,
+    may_have_gaps: bool,
+    **kwargs: Any,
+) -> tuple[State, Tape | None]:
+    """The loop without its derivative, and the tape if there is one."""
+    if kwargs["max_steps"] is None or derivative.steps_per_page is None:
+        return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
+    return loop_and_record(
+        cond_fun,
+        body_fun,
+        init_state,
+        steps_per_page=derivative.steps_per_page,
+        may_have_gaps=may_have_gaps,
+        take_snapshots=derivative.takes_snapshots,
+        **kwargs,
+    )
+
+
+def _get_times(state: State) -> tuple[Any, ...]:
+    return (
+        state.tprev,
+        state.tnext,
+        state.controller_state,
+        state.event_tprev,
+        state.event_tnext,
+    )
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_subsaveat(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
