@@ -1,0 +1,142 @@
+"""How much is too much of the spurious solution of reversible Heun."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffrax_sde_adjoint._forward.instability import Spurious
+
+
+def spurious_of(worth, change):
+    return Spurious(jnp.asarray(worth, float), jnp.asarray(change, float))
+
+
+def sum_of_entries(size):
+    return jnp.sum(size)
+
+
+def test_at():
+    """The largest of what has been seen, of the change for each entry."""
+    y0 = {"y": jnp.array([1.0, 2.0]), "z": jnp.array(0.0)}
+    y = {"y": jnp.array([1.5, 0.0]), "z": jnp.array(-1.0)}
+    spurious = Spurious.none(y, y0)
+    assert spurious.worth == 0.0
+    np.testing.assert_array_equal(spurious.change["y"], [0.5, 2.0])
+    np.testing.assert_array_equal(spurious.change["z"], 1.0)
+
+    y = {"y": jnp.array([4.0, 2.5]), "z": jnp.array(0.5)}
+    spurious = spurious.at(jnp.array(-3.0), y, y0)
+    assert spurious.worth == 3.0
+    np.testing.assert_array_equal(spurious.change["y"], [3.0, 2.0])
+    np.testing.assert_array_equal(spurious.change["z"], 1.0)
+
+    spurious = spurious.at(jnp.array(2.0), y0, y0)
+    assert spurious.worth == 3.0
+    np.testing.assert_array_equal(spurious.change["y"], [3.0, 2.0])
+
+
+def test_nan_stays():
+    y = jnp.array(1.0)
+    spurious = Spurious.none(y, y).at(jnp.array(np.nan), y, y)
+    assert np.isnan(spurious.at(jnp.array(1.0), y, y).worth)
+
+
+def test_without_a_batch():
+    """Of the change of the solution, 13% are let pass."""
+    largest_y = jnp.array([0.0, 0.0])
+    for worth, expected in ((0.129, False), (0.131, True)):
+        spurious = spurious_of(worth, [0.25, 0.75])
+        is_any, is_here = spurious.is_too_large(largest_y, sum_of_entries, ())
+        assert is_any == is_here == expected
+    # The loss says what the change is worth.
+    spurious = spurious_of(0.2, [0.25, 0.75])
+    assert spurious.is_too_large(largest_y, sum_of_entries, ())[0]
+    assert not spurious.is_too_large(largest_y, lambda size: 2 * jnp.sum(size), ())[0]
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_solution_that_does_not_move(dtype):
+    """There the distance is compared with rounding."""
+    size = 100 * float(jnp.finfo(dtype).eps) ** 0.5
+    largest_y = jnp.array([100.0], dtype)
+    loss = lambda size: jnp.sum(size).astype(float)
+    for worth, expected in ((0.12 * size, False), (0.14 * size, True)):
+        spurious = Spurious(jnp.array(worth), jnp.zeros(1, dtype))
+        assert spurious.is_too_large(largest_y, loss, ())[0] == expected
+    nothing = Spurious(jnp.array(0.0), jnp.zeros(1, dtype))
+    assert not nothing.is_too_large(0 * largest_y, loss, ())[0]
+
+
+def measure(worths, changes, num_axes=1):
+    """Over the batch, and for each element."""
+    names = ("inner", "outer")[:num_axes]
+
+    def one(worth, change):
+        no_size = jnp.zeros_like(change)
+        return spurious_of(worth, change).is_too_large(no_size, sum_of_entries, names)
+
+    for name in names:
+        one = jax.vmap(one, axis_name=name, out_axes=(None, 0))
+    return jax.jit(one)(jnp.array(worths, float), jnp.array(changes, float))
+
+
+def test_less_is_tolerated_of_many():
+    """3%, and 10% over the square root of their number."""
+    for num in (1, 100):
+        limit = 0.03 + 0.1 / num**0.5
+        for factor, expected in ((0.99, False), (1.01, True)):
+            is_any, is_here = measure(num * [factor * limit], num * [1.0])
+            assert is_any == expected
+            assert np.all(is_here == expected)
+
+
+def test_sums_over_the_batch():
+    """Of which those that are off themselves are told apart."""
+    tolerance = 0.03 + 0.1 / 2
+    is_any, is_here = measure([0.0, 0.0, 0.2, 0.13], [1.0, 1.0, 1.0, 1.0])
+    assert 0.33 > 4 * tolerance
+    assert is_any
+    np.testing.assert_array_equal(is_here, [False, False, True, True])
+    # As many are off, but not the sum.
+    is_any, is_here = measure([0.0, 0.0, 0.15, 0.13], [1.0, 1.0, 1.0, 1.0])
+    assert 0.28 < 4 * tolerance
+    assert not is_any
+    assert not np.any(is_here)
+
+
+def test_sums_over_two_axes():
+    limit = 0.03 + 0.1 / 6**0.5
+    worths = np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]) * limit
+    for factor, expected in ((0.99, False), (1.01, True)):
+        is_any, is_here = measure(factor * worths, np.ones((2, 3)), num_axes=2)
+        assert is_any == expected
+        np.testing.assert_array_equal(is_here, expected & (factor * worths > limit))
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf))
+def test_elements_that_are_not_finite(bad):
+    """They do not count, in the sums or in the number of elements."""
+    limit = 0.03 + 0.1 / 2**0.5
+    for factor, expected in ((0.99, False), (1.01, True)):
+        worth = factor * limit
+        is_any, is_here = measure([worth, bad, worth], [1.0, 1.0, 1.0])
+        assert is_any == expected
+        np.testing.assert_array_equal(is_here[::2], expected)
+        is_any, is_here = measure([worth, 0.0, worth], [1.0, bad, 1.0])
+        assert is_any == expected
+        np.testing.assert_array_equal(is_here, [expected, False, expected])
+    is_any, _ = measure([bad, bad], [1.0, bad])
+    assert not is_any
+
+
+def test_has_no_derivative():
+    """As it is looked at in a rule that may be differentiated."""
+
+    def number(worth):
+        is_any, _ = spurious_of(worth, [1.0]).is_too_large(
+            jnp.zeros(1), sum_of_entries, ()
+        )
+        return jnp.where(is_any, 1.0, 0.0)
+
+    assert jax.grad(number)(0.5) == 0.0
