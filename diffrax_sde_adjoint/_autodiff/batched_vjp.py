@@ -54,7 +54,8 @@ def vjp(
     arrays to those of `shared` and of `own`. The cotangents of `shared` are sums over
     all `axes` over which an array is not batched.
 
-    `fn` must not refer to traced arrays by closure.
+    `fn` must not refer to traced arrays by closure, and over each of the axes something
+    must be batched, such as the cotangents.
     """
     if len(axes) == 0:
         return eqx.filter_vjp(lambda x, y: fn(x, y, others), shared, own)

@@ -297,7 +297,7 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arguments, *, call, axes):
     return *rule(leaves, grad_outputs), *none
 
 
-def _materialise_zeros(x: Array, grad: Array | None) -> Array | None:
+def _materialise_zeros(x: Any, grad: Array | None) -> Array | None:
     if not eqx.is_inexact_array(x):
         return None
     return jnp.zeros_like(x) if grad is None else grad

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffrax_sde_adjoint._forward.return_error import (
-    Drift,
+    ReturnError,
     near_exact_tolerance,
     size_of_loss,
 )
@@ -16,45 +16,45 @@ eps = 2.0**-52
 single_eps = 2.0**-23
 
 
-def drift_of(scale=1.0, dtype=jnp.float64, least_tolerance=0.0):
-    return Drift.none(jnp.array(scale), jnp.zeros(2, dtype), least_tolerance)
+def error_of(scale=1.0, dtype=jnp.float64, least_tolerance=0.0):
+    return ReturnError.none(jnp.array(scale), jnp.zeros(2, dtype), least_tolerance)
 
 
 def test_worth_adds_up():
     """Entries do not cancel, nor do leaves or states."""
-    drift = drift_of()
-    assert drift.worth == 0.0
+    error = error_of()
+    assert error.weighted_error == 0.0
     known = {"y": jnp.array([1.0, -1.0]), "z": jnp.array(2.0)}
     found = {"y": jnp.array([1.5, -1.25]), "z": jnp.array(1.0)}
     grad = {"y": jnp.array([2.0, 4.0]), "z": jnp.array(3.0)}
-    once = drift.arrived(found, known, grad)
-    assert once.worth == 2 * 0.5 + 4 * 0.25 + 3 * 1.0
+    once = error.arrived(found, known, grad)
+    assert once.weighted_error == 2 * 0.5 + 4 * 0.25 + 3 * 1.0
     minus = jax.tree.map(lambda x: -x, grad)
-    assert once.arrived(found, known, minus).worth == 2 * once.worth
-    assert once.arrived(known, known, grad).worth == once.worth
-    assert (once.scale, once.tolerance) == (drift.scale, drift.tolerance)
+    assert once.arrived(found, known, minus).weighted_error == 2 * once.weighted_error
+    assert once.arrived(known, known, grad).weighted_error == once.weighted_error
+    assert (once.scale, once.tolerance) == (error.scale, error.tolerance)
 
 
 def test_leaves_without_cotangent():
     """Such as integers, which it does not look at."""
     state = lambda x, n: {"y": jnp.array(x), "count": jnp.array(n), "none": None}
     grad = {"y": jnp.array(2.0), "count": None, "none": None}
-    drift = drift_of().arrived(state(1.0, 3), state(0.5, 7), grad)
-    assert drift.worth == 1.0
-    assert drift_of().arrived(state(1.0, 3), state(0.5, 7), None).worth == 0.0
+    error = error_of().arrived(state(1.0, 3), state(0.5, 7), grad)
+    assert error.weighted_error == 1.0
+    assert error_of().arrived(state(1.0, 3), state(0.5, 7), None).weighted_error == 0.0
 
 
 def test_single_precision():
     """States may be, while the sum is not."""
     x = jnp.array([1.0, 2.0], jnp.float32)
-    drift = drift_of(dtype=jnp.float32).arrived(x, 2 * x, x)
-    assert drift.worth.dtype == jnp.float64
-    assert drift.worth == 5.0
+    error = error_of(dtype=jnp.float32).arrived(x, 2 * x, x)
+    assert error.weighted_error.dtype == jnp.float64
+    assert error.weighted_error == 5.0
 
 
 def test_complex_numbers():
     y = jnp.array([3.0 + 4.0j])
-    assert drift_of().arrived(y, 0 * y, jnp.array([2.0 + 0.0j])).worth == 10.0
+    assert error_of().arrived(y, 0 * y, jnp.array([2.0 + 0.0j])).weighted_error == 10.0
 
 
 @pytest.mark.parametrize(
@@ -71,34 +71,34 @@ def test_complex_numbers():
 )
 def test_tolerance(dtypes, least_tolerance, expected):
     y = [jnp.zeros(2, dtype) for dtype in dtypes]
-    drift = Drift.none(jnp.array(1.0), y, least_tolerance)
-    np.testing.assert_allclose(drift.tolerance, expected, rtol=1e-12)
+    error = ReturnError.none(jnp.array(1.0), y, least_tolerance)
+    np.testing.assert_allclose(error.tolerance, expected, rtol=1e-12)
 
 
 def test_is_too_large():
     """Relative to the size of the loss."""
-    drift = drift_of(scale=100.0)
-    at = lambda x: drift.arrived(jnp.array(x), jnp.array(0.0), jnp.array(-1.0))
+    error = error_of(scale=100.0)
+    at = lambda x: error.arrived(jnp.array(x), jnp.array(0.0), jnp.array(-1.0))
     limit = 100.0 * eps ** (1 / 3)
     assert not at(0.99 * limit).is_too_large()
     assert at(1.01 * limit).is_too_large()
     assert at(-1.01 * limit).is_too_large()
-    assert not drift.is_too_large()
-    assert not drift_of(scale=0.0).is_too_large()
+    assert not error.is_too_large()
+    assert not error_of(scale=0.0).is_too_large()
 
 
 def test_what_is_not_finite():
     """NaNs are let pass, and infinities are not."""
-    at = lambda x: drift_of().arrived(jnp.array(x), jnp.array(0.0), jnp.array(1.0))
+    at = lambda x: error_of().arrived(jnp.array(x), jnp.array(0.0), jnp.array(1.0))
     assert not at(np.nan).is_too_large()
     assert at(np.inf).is_too_large()
     assert (
         not at(1.0)
-        .arrived(jnp.array(np.nan), at(1.0).worth, at(1.0).worth)
+        .arrived(jnp.array(np.nan), at(1.0).weighted_error, at(1.0).weighted_error)
         .is_too_large()
     )
     assert (
-        not drift_of(scale=np.nan)
+        not error_of(scale=np.nan)
         .arrived(jnp.array(1.0), jnp.array(0.0), jnp.array(1.0))
         .is_too_large()
     )
