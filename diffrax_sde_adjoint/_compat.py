@@ -1,14 +1,20 @@
-"""Everything that this package imports from the private parts of diffrax and equinox.
+"""Everything that this package takes from diffrax, equinox and JAX that is private to
+them, or not documented.
 
 Nothing else in the package reaches behind a public name, so this file is the one to
-read when a new release of either breaks something. Each import says what it is needed
-for; `tests/test_compat.py` checks what is assumed about each.
+read when a new release of any of them breaks something. Each name says what it is
+needed for; `tests/test_compat.py` checks what is assumed about each.
+
+Only the fields of the classes that are named here are used elsewhere, as they are.
 """
 
 import inspect
 import logging
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
+import diffrax
+import equinox as eqx
 import jax
 import jax.core
 import jax.extend as jex
@@ -31,11 +37,10 @@ from diffrax._custom_types import (
 # path.
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 
-# The function in which `diffeqsolve` asks each term for a control, and compares it with
-# what the solver expects, see `control_of_solver`.
 # The state of diffrax's integration loop, and of what it saves. The saved outputs are
 # where the cotangents of a solve arrive, and counters say how many steps were made and
-# saved.
+# saved. And the function in which `diffeqsolve` asks each term for a control, and
+# compares it with what the solver expects, see `control_of_solver`.
 from diffrax._integrate import (
     SaveState as SaveState,
     State as State,
@@ -65,12 +70,82 @@ from equinox.internal import (
     while_loop as while_loop,
 )
 
+# The tables in which JAX looks up the rules of a primitive, see `register_primitive`.
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import ArrayLike, PyTree
 
+
+_Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
+
+# Where JAX tells of an error in a callback, to keep some of it out.
 callback_log = logging.getLogger("jax._src.callback")
 
 # A vector field at a point. diffrax's own type is a PyTree of arrays, but an operator
 # may hold functions, as a `lineax.JacobianLinearOperator` does.
 VF: TypeAlias = Any
+
+
+def integration_loop(
+    adjoint: diffrax.AbstractAdjoint, **kwargs: Any
+) -> tuple[State, Any]:
+    """diffrax's loop over the steps of a solve, with the loops that it is given."""
+    # diffrax's own adjoints call it by this name. It is not to be imported.
+    return adjoint._loop(**kwargs)
+
+
+def direction_of(term: WrapTerm) -> IntScalarLike:
+    """1 if the solve is forward in time as its user sees it, and -1 if backward."""
+    # An adjoint does not get it: its own times increase.
+    return term.direction
+
+
+def contr_kwargs(solver: diffrax.AbstractSolver) -> PyTree[dict[str, Any]]:
+    """What the solver passes to the `contr` of each of its terms, besides times."""
+    # It is how `diffeqsolve` knows which terms are asked for Lévy areas.
+    return solver.term_compatible_contr_kwargs
+
+
+def with_scan_kind(solver: _Solver, kinds: Mapping[str | None, str]) -> _Solver:
+    """A Runge-Kutta method, with the loop over its stages of the kind that `kinds` has
+    for the one that it is of.
+    """
+    # diffrax's own adjoints set it, but it is left out of its documentation.
+    kind = kinds.get(solver.scan_kind, solver.scan_kind)  # pyright: ignore[reportAttributeAccessIssue]
+    return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
+
+
+def register_primitive(
+    primitive: jex.core.Primitive,
+    *,
+    impl: Callable,
+    abstract_eval: Callable,
+    batch: Callable,
+    jvp: Callable | None = None,
+    transpose: Callable | None = None,
+) -> None:
+    """Gives a primitive its rules. One that has no `jvp` is linear, and has a
+    `transpose`.
+    """
+    # `jax.extend` makes primitives, but has no way to give them these.
+    primitive.def_impl(impl)
+    primitive.def_abstract_eval(abstract_eval)
+    lowering = mlir.lower_fun(impl, multiple_results=primitive.multiple_results)
+    mlir.register_lowering(primitive, lowering)
+    batching.primitive_batchers[primitive] = batch
+    if jvp is None:
+        ad.deflinear2(primitive, transpose)
+    else:
+        ad.primitive_jvps[primitive] = jvp
+
+
+def symbolic_zero(x: ArrayLike) -> ad.Zero:
+    """The tangent of `x`, as the rule of a primitive says that it is zero."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def is_symbolic_zero(tangent: Any) -> bool:
+    """Whether the rule of a primitive is told that a tangent is zero."""
+    return type(tangent) is ad.Zero
 
 
 def control_of_solver() -> Any:

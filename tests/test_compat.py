@@ -1,15 +1,19 @@
-"""What is assumed of the private parts of diffrax and equinox.
+"""What is assumed of the private parts of diffrax, equinox and JAX.
 
 Each test says in one sentence what has changed, if it fails.
 """
 
 import dataclasses
 import inspect
+import logging
 
 import diffrax
+import equinox as eqx
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import diffrax_sde_adjoint._compat as compat
@@ -224,4 +228,190 @@ def test_unvmap_any():
 def test_direction():
     assert "direction" in {x.name for x in dataclasses.fields(compat.WrapTerm)}, (
         "diffrax's `_term.WrapTerm` no longer has a field `direction`."
+    )
+    found = []
+
+    class Adjoint(diffrax.AbstractAdjoint):
+        def loop(self, *, terms, **kwargs):
+            found.append(compat.direction_of(terms))
+            return diffrax.RecursiveCheckpointAdjoint().loop(terms=terms, **kwargs)
+
+    for t0, t1, dt0 in ((0.0, 1.0, 0.5), (1.0, 0.0, -0.5)):
+        term = diffrax.ODETerm(lambda t, y, args: y)
+        with jax.disable_jit():
+            diffrax.diffeqsolve(
+                term, diffrax.Euler(), t0, t1, dt0, jnp.array(1.0), adjoint=Adjoint()
+            )
+    assert found == [1, -1], (
+        "diffrax's `_term.WrapTerm.direction` is no longer 1 forward in time and -1 "
+        "backward."
+    )
+    annotation = compat.WrapTerm.__annotations__["direction"]
+    assert str(annotation) == str(compat.IntScalarLike), (
+        "diffrax no longer annotates `WrapTerm.direction` with "
+        "`_custom_types.IntScalarLike`."
+    )
+
+
+def test_integration_loop():
+    """An adjoint of a user's, with loops of its own, makes the steps of diffrax's."""
+    num_inner = []
+
+    def while_loop(*args, checkpoints=None, **kwargs):
+        num_inner.append(1)
+        return compat.while_loop(*args, kind="lax", **kwargs)
+
+    class Adjoint(diffrax.AbstractAdjoint):
+        def loop(self, **kwargs):
+            of_adjoint = {"throw", "passed_solver_state", "passed_controller_state"}
+            kwargs = {k: v for k, v in kwargs.items() if k not in of_adjoint}
+            return compat.integration_loop(
+                self,
+                inner_while_loop=while_loop,
+                outer_while_loop=while_loop,
+                **kwargs,
+            )
+
+    solve = lambda adjoint: diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.Heun(),
+        0.0,
+        1.0,
+        0.1,
+        jnp.array(1.0),
+        adjoint=adjoint,
+    )
+    actual = solve(Adjoint()).ys
+    assert len(num_inner) > 0 and actual == solve(diffrax.DirectAdjoint()).ys, (
+        "diffrax's `AbstractAdjoint._loop` no longer makes a solve with the loops that "
+        "it is given."
+    )
+
+
+def test_contr_kwargs():
+    for solver, expected in (
+        (diffrax.SPaRK(), [{}, {"use_levy": True}]),
+        (diffrax.HalfSolver(diffrax.SPaRK()), [{}, {"use_levy": True}]),
+        (diffrax.Euler(), [{}]),
+    ):
+        kwargs = compat.contr_kwargs(solver)
+        is_leaf = lambda x: isinstance(x, dict)
+        assert jax.tree_util.tree_leaves(kwargs, is_leaf=is_leaf) == expected, (
+            "diffrax's `AbstractSolver.term_compatible_contr_kwargs` is no longer what "
+            f"`{type(solver).__name__}` passes to its terms."
+        )
+
+
+def test_with_scan_kind():
+    for solver, message in (
+        (diffrax.Tsit5(), "`AbstractRungeKutta`"),
+        (diffrax.SPaRK(), "`AbstractSRK`"),
+    ):
+        assert getattr(solver, "scan_kind", "none") is None, (
+            f"diffrax's {message} no longer has a field `scan_kind` that is `None`."
+        )
+        changed = compat.with_scan_kind(solver, {None: "lax"})
+        assert changed.scan_kind == "lax"
+        assert compat.with_scan_kind(changed, {None: "bounded"}).scan_kind == "lax"
+
+
+def test_names_of_wrapped_solvers():
+    """Solvers around another one pass these on under the same names."""
+    assert "root_find_max_steps" in names(diffrax.Kvaerno3), (
+        "diffrax's `AbstractImplicitSolver` no longer has `root_find_max_steps`."
+    )
+
+
+def test_callback_log():
+    records = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            records.append(record)
+
+    handler = Handler()
+    fail = jax.jit(lambda x: eqx.error_if(x, x > 0, "the message"))
+    compat.callback_log.addHandler(handler)
+    try:
+        # JAX may raise it only where the value is waited for.
+        with pytest.raises(Exception, match="the message"):
+            jax.block_until_ready(fail(1.0))
+    finally:
+        compat.callback_log.removeHandler(handler)
+    errors = [record.exc_info[1] for record in records if record.exc_info]
+    assert len(errors) > 0, (
+        "JAX no longer tells of an error in a callback in its log `jax._src.callback`."
+    )
+    assert isinstance(errors[0], compat._EquinoxRuntimeError), (
+        "equinox no longer raises an `_errors._EquinoxRuntimeError` in a callback."
+    )
+
+
+def make_primitive(**rules):
+    primitive = jex.core.Primitive("scale")
+    compat.register_primitive(
+        primitive,
+        impl=lambda x, *, by: by * x,
+        abstract_eval=lambda x, *, by: x,
+        batch=lambda xs, dims, *, by: (primitive.bind(*xs, by=by), dims[0]),
+        **rules,
+    )
+    return lambda x: primitive.bind(x, by=2.0)
+
+
+def test_register_primitive():
+    def jvp(primals, tangents, *, by):
+        (x,), (t,) = primals, tangents
+        return by * x, 7 * t
+
+    def transpose(cotangent, _, *, by):
+        return [5 * cotangent]
+
+    one = jnp.array(1.0)
+    for rules, tangent, cotangent in (
+        ({"jvp": jvp}, 7, 7),
+        ({"transpose": transpose}, 2, 5),
+    ):
+        scale = make_primitive(**rules)
+        assert [scale(one), jax.jit(scale)(one)] == [2, 2], (
+            "JAX no longer lowers a primitive by `interpreters.mlir.register_lowering` "
+            "and `lower_fun`."
+        )
+        assert jnp.array_equal(jax.vmap(scale)(jnp.ones(3)), jnp.full(3, 2.0)), (
+            "JAX no longer batches a primitive by "
+            "`interpreters.batching.primitive_batchers`."
+        )
+        _, tangent_out = jax.jvp(scale, (one,), (one,))
+        assert (tangent_out, jax.grad(scale)(one)) == (tangent, cotangent), (
+            "JAX no longer differentiates a primitive by "
+            "`interpreters.ad.primitive_jvps` and `deflinear2`."
+        )
+
+
+def test_symbolic_zero():
+    """A rule is told of tangents that are zero, and may say that one is."""
+    found = []
+    primitive = jex.core.Primitive("first")
+    primitive.multiple_results = True
+
+    def jvp(primals, tangents):
+        found.append([compat.is_symbolic_zero(t) for t in tangents])
+        return list(primals), [compat.symbolic_zero(x) for x in primals]
+
+    compat.register_primitive(
+        primitive,
+        impl=lambda *x: list(x),
+        abstract_eval=lambda *x: list(x),
+        batch=lambda xs, dims: (primitive.bind(*xs), dims),
+        jvp=jvp,
+    )
+    fn = lambda x: primitive.bind(x, jnp.arange(3), np.ones(2))[0]
+    primal, tangent = jax.jvp(fn, (jnp.array(3.0),), (jnp.array(1.0),))
+    assert found == [[False, True, True]], (
+        "JAX no longer tells a rule of a tangent that is zero by an "
+        "`interpreters.ad.Zero`."
+    )
+    assert (primal, tangent) == (3, 0), (
+        "JAX no longer takes an `interpreters.ad.Zero` of "
+        "`jax.typeof(x).to_tangent_aval()` for a tangent that is zero."
     )

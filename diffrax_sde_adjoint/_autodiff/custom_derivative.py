@@ -21,9 +21,9 @@ import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
+from .._compat import is_symbolic_zero, register_primitive, symbolic_zero
 from .batched_vjp import Axes, any_of
 
 
@@ -124,13 +124,8 @@ _detach_p = jex.core.Primitive("detach")
 _detach_p.multiple_results = True
 
 
-@_detach_p.def_impl
 def _detach_impl(*leaves):
     return list(leaves)
-
-
-_detach_p.def_abstract_eval(_detach_impl)
-mlir.register_lowering(_detach_p, mlir.lower_fun(_detach_impl, multiple_results=True))
 
 
 def _detach_batch(leaves, dims):
@@ -140,25 +135,25 @@ def _detach_batch(leaves, dims):
 def _detach_jvp(primals, tangents):
     del tangents
     # Not bound again: an outer differentiation does not see that these were detached.
-    return list(primals), [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals]
+    return list(primals), [symbolic_zero(x) for x in primals]
 
 
-batching.primitive_batchers[_detach_p] = _detach_batch
-ad.primitive_jvps[_detach_p] = _detach_jvp
+register_primitive(
+    _detach_p,
+    impl=_detach_impl,
+    abstract_eval=_detach_impl,
+    batch=_detach_batch,
+    jvp=_detach_jvp,
+)
 
 
 _with_derivative_p = jex.core.Primitive("with_derivative")
 _with_derivative_p.multiple_results = True
 
 
-@_with_derivative_p.def_impl
 def _impl(*leaves, call, axes):
     del axes
     return list(leaves[len(leaves) - call.num_outputs :])
-
-
-_with_derivative_p.def_abstract_eval(_impl)
-mlir.register_lowering(_with_derivative_p, mlir.lower_fun(_impl, multiple_results=True))
 
 
 def _batch(leaves, dims, *, call, axes):
@@ -179,11 +174,8 @@ def _batch(leaves, dims, *, call, axes):
     return out, [0 if b else None for b in is_batched[len(leaves) - len(out) :]]
 
 
-batching.primitive_batchers[_with_derivative_p] = _batch
-
-
 def _jvp(primals, tangents, *, call, axes):
-    is_zero = lambda t: type(t) is ad.Zero or t.dtype == jax.dtypes.float0
+    is_zero = lambda t: is_symbolic_zero(t) or t.dtype == jax.dtypes.float0
     tangents = [None if is_zero(t) else t for t in tangents]
     tangents_of_outputs = tangents[len(tangents) - call.num_outputs :]
     if any(t is not None for t in tangents_of_outputs):
@@ -207,12 +199,14 @@ def _jvp(primals, tangents, *, call, axes):
 
 def _finish_jvp(out, tangent_out):
     return list(out), [
-        ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
+        symbolic_zero(x) if t is None else t
         for x, t in zip(out, tangent_out, strict=True)
     ]
 
 
-ad.primitive_jvps[_with_derivative_p] = _jvp
+register_primitive(
+    _with_derivative_p, impl=_impl, abstract_eval=_impl, batch=_batch, jvp=_jvp
+)
 
 
 # The identity, on the tangents of what has a rule in reverse mode only. There it is
@@ -220,7 +214,6 @@ ad.primitive_jvps[_with_derivative_p] = _jvp
 _in_reverse_p = jex.core.Primitive("in_reverse")
 
 
-@_in_reverse_p.def_impl
 def _in_reverse_impl(tangent, *, msg):
     raise ValueError(msg)
 
@@ -229,12 +222,13 @@ def _in_reverse_batch(tangents, dims, *, msg):
     raise ValueError(msg)
 
 
-_in_reverse_p.def_abstract_eval(lambda tangent, *, msg: tangent)
-mlir.register_lowering(
-    _in_reverse_p, mlir.lower_fun(_in_reverse_impl, multiple_results=False)
+register_primitive(
+    _in_reverse_p,
+    impl=_in_reverse_impl,
+    abstract_eval=lambda tangent, *, msg: tangent,
+    batch=_in_reverse_batch,
+    transpose=lambda cotangent, _, *, msg: [cotangent],
 )
-ad.deflinear2(_in_reverse_p, lambda cotangent, _, *, msg: [cotangent])
-batching.primitive_batchers[_in_reverse_p] = _in_reverse_batch
 
 
 @eqx.filter_custom_vjp

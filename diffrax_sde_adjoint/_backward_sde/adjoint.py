@@ -11,6 +11,7 @@ from .._compat import (
     RealScalarLike,
     State,
     WrapTerm,
+    direction_of,
     nondifferentiable,
     nondifferentiable_backward,
 )
@@ -177,7 +178,7 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         if type(solver) is Reversible:
             solver = solver.solver
         leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
-        (direction, *_) = [x.direction for x in leaves if isinstance(x, WrapTerm)]
+        (direction, *_) = [direction_of(x) for x in leaves if isinstance(x, WrapTerm)]
         controller = stepsize_controller
         if self.stepsize_controller is not None:
             controller = self.stepsize_controller.wrap(direction)

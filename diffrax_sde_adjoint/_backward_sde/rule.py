@@ -17,7 +17,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._autodiff.batched_vjp import Axes, vjp
-from .._compat import RealScalarLike, State, Y, nondifferentiable_backward
+from .._compat import (
+    RealScalarLike,
+    State,
+    Y,
+    integration_loop,
+    nondifferentiable_backward,
+)
 from .._forward.records import Parameters, Start
 from .._forward.return_error import ReturnError, size_of_loss
 from .._forward.saved import cotangents_of_earlier, get_save_states
@@ -74,7 +80,8 @@ class _NoAdjoint(diffrax.AbstractAdjoint):
 
     def loop(self, *, throw, passed_solver_state, passed_controller_state, **kwargs):
         del throw, passed_solver_state, passed_controller_state
-        return self._loop(
+        return integration_loop(
+            self,
             **kwargs,
             inner_while_loop=plain_while_loop,
             outer_while_loop=plain_while_loop,

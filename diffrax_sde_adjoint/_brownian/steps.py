@@ -11,7 +11,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from .._compat import IntScalarLike, RealScalarLike, WrapTerm, known_value
+from .._compat import (
+    IntScalarLike,
+    RealScalarLike,
+    WrapTerm,
+    direction_of,
+    known_value,
+)
 from .cells import ListedCells
 from .interval import BrownianInterval
 
@@ -44,7 +50,7 @@ def warn_of_costly_steps(
         path = getattr(term.term, "control", None)
         if not isinstance(path, BrownianInterval):
             continue
-        times = _step_times(controller, term.direction, t0, t1, dt0)
+        times = _step_times(controller, direction_of(term), t0, t1, dt0)
         if times is not None:
             _warn_of_constant_steps(path, times)
         elif type(controller) is diffrax.StepTo:

@@ -135,7 +135,8 @@ def solve(
         or may_jump(stepsize_controller),
         sees_solution=sees_solution,
     )
-    return adjoint._loop(
+    return integration_loop(
+        adjoint,
         args=args,
         terms=terms,
         solver=solver,

@@ -6,7 +6,7 @@ import diffrax
 import equinox as eqx
 from jaxtyping import PyTree
 
-from .._compat import VF, Args, RealScalarLike, Y
+from .._compat import VF, Args, RealScalarLike, Y, contr_kwargs
 
 
 _SolverState = TypeVar("_SolverState")
@@ -23,7 +23,7 @@ class AbstractForwardingSolver(diffrax.AbstractSolver[_SolverState]):
 
     @property
     def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
+        return contr_kwargs(self.solver)
 
     @property
     def root_finder(self):

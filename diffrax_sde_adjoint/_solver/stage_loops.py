@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import diffrax
-import equinox as eqx
 import jax.tree_util as jtu
 
+from .._compat import with_scan_kind
 from .unrolled_srk import SeparateStages
 
 
@@ -23,7 +23,7 @@ def in_forward_mode(solver: _Solver) -> _Solver:
     is_one = lambda cls: issubclass(
         cls, (diffrax.AbstractRungeKutta, diffrax.AbstractSRK)
     )
-    return _replace(solver, is_one, lambda x: _with_scan_kind(x, kinds))
+    return _replace(solver, is_one, lambda x: with_scan_kind(x, kinds))
 
 
 def summed_over_batches(solver: _Solver) -> _Solver:
@@ -31,7 +31,7 @@ def summed_over_batches(solver: _Solver) -> _Solver:
     would be found for each element.
     """
     is_one = lambda cls: issubclass(cls, diffrax.AbstractRungeKutta)
-    return _replace(solver, is_one, lambda x: _with_scan_kind(x, {None: "bounded"}))
+    return _replace(solver, is_one, lambda x: with_scan_kind(x, {None: "bounded"}))
 
 
 def without_loops(solver: _Solver) -> _Solver:
@@ -40,11 +40,6 @@ def without_loops(solver: _Solver) -> _Solver:
         issubclass(cls, diffrax.AbstractSRK) and cls.step is diffrax.AbstractSRK.step
     )
     return _replace(solver, is_one, SeparateStages)
-
-
-def _with_scan_kind(solver: Any, kinds: dict[Any, str]) -> Any:
-    kind = kinds.get(solver.scan_kind, solver.scan_kind)
-    return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
 
 
 def _replace(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import VF, Args, RealScalarLike, WrapTerm, Y
+from .._compat import VF, Args, RealScalarLike, WrapTerm, Y, direction_of
 
 
 class AbstractForwardingTerm(diffrax.AbstractTerm):
@@ -59,6 +59,6 @@ def with_weak_directions(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[Any]:
     def weak(x: Any) -> Any:
         if not is_wrapped(x):
             return x
-        return WrapTerm(x.term, jnp.where(x.direction == 1, 1, -1))
+        return WrapTerm(x.term, jnp.where(direction_of(x) == 1, 1, -1))
 
     return jtu.tree_map(weak, terms, is_leaf=is_wrapped)
