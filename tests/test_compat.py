@@ -1,11 +1,16 @@
 """What is assumed of the private parts of diffrax, equinox and JAX.
 
-Each test says in one sentence what has changed, if it fails.
+Each test says in one sentence what has changed, if it fails. The last ones look for
+private names that are used elsewhere than in `_compat.py`.
 """
 
+import ast
 import dataclasses
 import inspect
 import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import diffrax
 import equinox as eqx
@@ -16,6 +21,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+import diffrax_sde_adjoint
 import diffrax_sde_adjoint._compat as compat
 
 
@@ -415,3 +421,158 @@ def test_symbolic_zero():
         "JAX no longer takes an `interpreters.ad.Zero` of "
         "`jax.typeof(x).to_tangent_aval()` for a tangent that is zero."
     )
+
+
+# Whose private names are looked for.
+others = ("diffrax", "equinox", "jax", "jaxlib", "jaxtyping", "lineax", "optimistix")
+# Modules and attributes that are private, or not documented, without an underscore.
+undocumented_modules = ("equinox.internal", "jax.interpreters")
+undocumented_attributes = ("direction", "in_tracers", "to_tangent_aval")
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[^_].*", name) is not None
+
+
+def is_others(path: str) -> bool:
+    """Whether a dotted path leads to something private of a package that we use."""
+    first, *rest = path.split(".")
+    return first in others and (
+        any(map(is_private, rest))
+        or any(f"{path}.".startswith(f"{x}.") for x in undocumented_modules)
+    )
+
+
+def own_names(trees: Iterable[ast.AST]) -> set[str]:
+    """The names of modules, functions and classes, of what is assigned in these or at
+    the top of a module, and of attributes that are assigned.
+    """
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for statement in node.body:
+                if isinstance(statement, ast.Assign | ast.AnnAssign):
+                    found |= {
+                        x.id
+                        for x in ast.walk(statement)
+                        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+                    }
+    return found
+
+
+def private_names(tree: ast.AST, own: set[str]) -> Iterator[tuple[int, str]]:
+    """The lines at which something private of others is used, and what it is. An
+    attribute with an underscore that is not among `own` is taken for theirs.
+    """
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            paths = [(x.asname or x.name.split(".")[0], x.name) for x in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            paths = [
+                (x.asname or x.name, f"{node.module}.{x.name}") for x in node.names
+            ]
+        else:
+            continue
+        for name, path in paths:
+            # `import a.b` binds `a`, and `import a.b as c` the module within.
+            aliases[name] = path if name != path.split(".")[0] else name
+            if is_others(path):
+                yield node.lineno, path
+
+    def dotted(node: ast.AST) -> str:
+        if isinstance(node, ast.Name):
+            return aliases.get(node.id, "")
+        if isinstance(node, ast.Attribute):
+            return f"{dotted(node.value)}.{node.attr}"
+        return ""
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            is_foreign = is_private(node.attr) and node.attr not in own
+            if (
+                is_foreign
+                or node.attr in undocumented_attributes
+                or is_others(dotted(node))
+            ):
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # As for `importlib`, `logging` and `getattr`.
+            name = node.value
+            is_foreign = name.isidentifier() and is_private(name) and name not in own
+            if is_foreign or name in undocumented_attributes or is_others(name):
+                yield node.lineno, name
+
+
+def test_private_names_are_used_in_one_file():
+    package = Path(diffrax_sde_adjoint.__file__).parent
+    trees = {path: ast.parse(path.read_text()) for path in package.rglob("*.py")}
+    # With an underscore too, these are the names of modules.
+    modules = {part for path in trees for part in path.relative_to(package).parts}
+    own = own_names(trees.values()) | {x.removesuffix(".py") for x in modules}
+    found = [
+        f"{path.relative_to(package)}, line {line}: `{name}`"
+        for path, tree in trees.items()
+        if path.name != "_compat.py"
+        for line, name in private_names(tree, own)
+    ]
+    assert found == [], (
+        "A private name of another package is used elsewhere than in `_compat.py`."
+    )
+
+
+@pytest.mark.parametrize(
+    "source,found",
+    [
+        ("self._loop(args=args)", "self._loop"),
+        ("from jax.interpreters import ad", "jax.interpreters.ad"),
+        ("from jax import interpreters", "jax.interpreters"),
+        ("import jax.interpreters.mlir as m", "jax.interpreters.mlir"),
+        ("import jax\njax.interpreters.ad.Zero", "jax.interpreters"),
+        ("import equinox as eqx\neqx.internal.while_loop(f)", "eqx.internal"),
+        ("from equinox import internal as eqxi", "equinox.internal"),
+        ("import equinox.internal as eqxi", "equinox.internal"),
+        ("import diffrax._term", "diffrax._term"),
+        ("from diffrax._term import WrapTerm", "diffrax._term.WrapTerm"),
+        ("from diffrax import _term", "diffrax._term"),
+        ("def f():\n    from lineax._operator import x", "lineax._operator.x"),
+        ("x._src", "x._src"),
+        ("f(x)[0]._trace.main", "f(x)[0]._trace"),
+        ("term.direction", "term.direction"),
+        ("getattr(adjoint, '_loop')", "_loop"),
+        ("logging.getLogger('jax._src.callback')", "jax._src.callback"),
+    ],
+)
+def test_private_names_are_found(source, found):
+    assert found in [name for _, name in private_names(ast.parse(source), set())]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import jax.extend as jex\njex.core.Primitive('p')",
+        "import equinox as eqx\neqx.filter_jit(f)",
+        "from .._compat import while_loop\nwhile_loop(cond, body, init)",
+        "from jax import lax\nlax.internal",
+        "x.__doc__",
+        "class A:\n    _num: int\n    def f(self):\n        return self._num",
+        "class A:\n    def _f(self):\n        self._x = 1\nA()._f()\na._x",
+        "for _ in range(3): pass",
+        "'`jax._src.core`, which is private.'",
+        "internal.loop",
+    ],
+)
+def test_other_names_are_not_found(source):
+    tree = ast.parse(source)
+    assert list(private_names(tree, own_names([tree]))) == []
+
+
+def test_local_variables_are_not_attributes():
+    tree = ast.parse("def f(adjoint):\n    _loop = 1\n    return adjoint._loop")
+    assert [name for _, name in private_names(tree, own_names([tree]))] == [
+        "adjoint._loop"
+    ]

@@ -46,12 +46,3 @@ def test_documented(name):
         assert "**Arguments:**" in (value.__init__.__doc__ or "")
     pages = "".join(page.read_text() for page in (root / "docs" / "api").glob("*.md"))
     assert f"::: diffrax_sde_adjoint.{name}\n" in pages
-
-
-def test_private_names_are_imported_in_one_file():
-    private = re.compile(r"diffrax\._|equinox\.internal|equinox\._|jax\._src")
-    package = root / "diffrax_sde_adjoint"
-    users = [
-        path.name for path in package.rglob("*.py") if private.search(path.read_text())
-    ]
-    assert users == ["_compat.py"]
