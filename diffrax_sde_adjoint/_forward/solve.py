@@ -18,6 +18,7 @@ from .._autodiff.custom_derivative import Rule, detach, with_derivative
 from .._brownian.steps import warn_of_costly_steps
 from .._compat import (
     State,
+    integration_loop,
     is_unsafe_sde,
     nondifferentiable,
     nondifferentiable_backward,
