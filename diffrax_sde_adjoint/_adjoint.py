@@ -20,7 +20,9 @@ _no_forward_mode = (
     "(`jax.grad`, `jax.jacrev`). (Gradients can be differentiated in forward mode, as "
     "in `jax.hessian`.)"
 )
-# Of a page of the tape, if there is nothing else to say how long one should be.
+# Of a page of the tape, if there is nothing else to say how long one should be. It has
+# one more time than steps, and so 512 bytes in float64: see
+# `docs/how_it_works/small_loops.md`.
 _steps_per_page = 63
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -122,6 +123,7 @@ class _BackwardSolve(eqx.Module):
     def num_pages(self) -> Int[Array, ""]:
         return jnp.array(1) if self.tape is None else jnp.asarray(self.tape.num_pages)
 
+    @jax.named_scope("backward_sde")
     def to_start(self, end: _Carry) -> _Carry:
         # Not a method, which JAX would want to hash.
         body = lambda carry: self._to_next_time(carry)

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, Key, PyTree, UInt32
 
 
-# XLA runs the operations of a loop one after the other on a CPU, and fast, if none of
-# them touches an array of more bytes. So operations that are there, but rarely run, had
-# better not.
+# The bytes of an array above which XLA runs the loop that it is in several times
+# slower: see `docs/how_it_works/small_loops.md`. Operations that are there, but rarely
+# run, had better not touch one.
 _small = 512
 # Into how many parts a draw is split at most to keep arrays small, as each is code that
 # has to be compiled. More parts than that are a loop.

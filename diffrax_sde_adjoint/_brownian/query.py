@@ -42,6 +42,7 @@ def draw_cell(
     return increments.sample(jr.fold_in(key, i), at_least_single(dt), shape, num)
 
 
+@jax.named_scope("query_off_the_grid")
 def any_query(
     key: Key[Array, ""],
     cells: AbstractCells,

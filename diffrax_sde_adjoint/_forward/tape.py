@@ -8,9 +8,7 @@ forward solve can be found again from these and its end.
 The tape is cut into pages, and both the forward loop and the sweep are two nested
 loops: over pages, and over the steps of a page. Snapshots are taken at the start of
 each page. An inner loop handles one page alone. Where there are no snapshots this is
-for speed only: XLA runs the operations of a loop's body on the CPU one after the other
-if none of them touches a large array (512 bytes), and otherwise through a scheduler,
-which takes several times longer than a step of a small solve.
+for speed only, of small solves on a CPU: see `docs/how_it_works/small_loops.md`.
 """
 
 import math
@@ -18,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
@@ -125,6 +124,7 @@ class Page(eqx.Module):
         return Step(prev_t1, t0, t1, start > end, index, is_made)
 
 
+@jax.named_scope("forward_solve")
 def loop_and_record(
     cond_fun: Callable[[State], Bool[Array, ""]],
     body_fun: Callable[[State], State],
@@ -169,6 +169,7 @@ def loop_and_record(
         page = jtu.tree_map(
             lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
         )
+        # The same, but for what is written when the page is full.
         state, prev_t1, largest_y, page = while_loop(
             has_room,
             step,
@@ -183,6 +184,8 @@ def loop_and_record(
         all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
         return state, prev_t1, largest_y, pages, all_snapshots
 
+    # The loop over pages carries the state of the solve, the end of the last accepted
+    # step, the largest size of each entry of the solution, the pages and the snapshots.
     init_pages = (init_starts, init_ends)
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     final_state, _, largest_y, (starts, ends), snapshots = while_loop(
@@ -196,6 +199,7 @@ def loop_and_record(
     return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
 
 
+@jax.named_scope("forward_step")
 def _step_and_write(
     body_fun: Callable[[State], State],
     num_before: Int[ArrayLike, ""],

@@ -16,10 +16,10 @@ from .forwarding import AbstractForwardingSolver
 
 
 class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
-    """The same method, with stages that are arrays of their own. In diffrax's, they are
-    the rows of one array, filled by a loop. This has a derivative by a rule of its own,
-    which cannot be summed over a batch; and the array is soon too large for the fast
-    way in which XLA runs the body of a loop on a CPU, see `_forward/tape.py`.
+    """A method of diffrax's, with stages that are arrays of their own. In diffrax's
+    loop they are the rows of one array. That loop has a derivative by a rule of its
+    own, which cannot be summed over a batch; and the array is soon too large for the
+    fast way in which XLA runs loops on a CPU: see `docs/how_it_works/small_loops.md`.
     """
 
     solver: diffrax.AbstractSRK

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -27,7 +28,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
 
     def once(fn: Callable[[Step, _T], _T], step: Step, x: _T) -> _T:
         """`fn(step, x)`, apart from the arrays of all states, which are large: see
-        `_forward/tape.py`.
+        `docs/how_it_works/small_loops.md`.
         """
         times, others = eqx.partition(step, eqx.is_array)
 
@@ -63,13 +64,15 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     kept = jtu.tree_map(
         lambda x: jnp.broadcast_to(x, (length, *x.shape)), (page.snapshot, no_controls)
     )
-    _, _, kept = while_loop(
-        lambda val: val[0] < num_steps,
-        make_step,
-        (jnp.array(0), page.snapshot, kept),
-        buffers=lambda val: val[2],
-        kind="lax",
-    )
+    # The number of the step, the state that it starts at, and all that is kept.
+    with jax.named_scope("replay"):
+        _, _, kept = while_loop(
+            lambda val: val[0] < num_steps,
+            make_step,
+            (jnp.array(0), page.snapshot, kept),
+            buffers=lambda val: val[2],
+            kind="lax",
+        )
 
     def undo_step(
         k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState

@@ -23,6 +23,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -84,6 +85,7 @@ class Sweep(eqx.Module):
     def terms(self) -> PyTree[diffrax.AbstractTerm]:
         return self.parameters.all.terms
 
+    @jax.named_scope("sweep")
     def __call__(
         self,
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
@@ -166,6 +168,7 @@ class Sweep(eqx.Module):
         )
         return controls, lambda grad_controls: pull_back(grad_controls)[0]
 
+    @jax.named_scope("pull_back_step")
     def pull_back(
         self,
         step: Step,
@@ -195,6 +198,7 @@ class Sweep(eqx.Module):
             (state0, step.t0, positions, Cotangents(grad_state0, grad_parameters)),
         )
 
+    @jax.named_scope("saved_outputs")
     def add_grad_saved(
         self, step: Step, dense_info: DenseInfo, y1: Y, carry: SweepState
     ) -> tuple[list[Position], Cotangents, DenseInfo]:

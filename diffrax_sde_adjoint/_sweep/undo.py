@@ -2,6 +2,7 @@
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
@@ -45,6 +46,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     return arrive_at_page(carry, page)
 
 
+@jax.named_scope("undo_step")
 def _undo_step(
     solver: AbstractReversibleSolver,
     terms: PyTree[diffrax.AbstractTerm],

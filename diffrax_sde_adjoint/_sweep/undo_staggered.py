@@ -27,6 +27,7 @@ it is complete when the sweep comes to the left of the step.
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
@@ -144,6 +145,7 @@ def _enter(
     return eqx.tree_at(lambda c: c.state, carry, state)
 
 
+@jax.named_scope("undo_step")
 def _undo_step(
     sweep: Sweep,
     page: Page,
