@@ -177,7 +177,7 @@ def known_value(x: Any) -> np.ndarray | None:
 
     `diffeqsolve` makes traced arrays of the numbers that it is given, so that an
     adjoint does not see these. JAX keeps what a traced array was computed from, as its
-    `parent`. Only what `diffeqsolve` does with times is followed.
+    `parent`, but JAX 0.6 does not. Only what `diffeqsolve` does with times is followed.
     """
     if not isinstance(x, jax.core.Tracer):
         return np.asarray(x)

@@ -194,6 +194,10 @@ def test_control_of_solver():
     assert compat.control_of_solver() is None
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7),
+    reason="JAX 0.6 does not keep what a traced array was computed from.",
+)
 def test_known_value():
     found = []
 
@@ -261,10 +265,10 @@ def test_direction():
 
 def test_integration_loop():
     """An adjoint of a user's, with loops of its own, makes the steps of diffrax's."""
-    num_inner = []
+    num_loops = []
 
     def while_loop(*args, checkpoints=None, **kwargs):
-        num_inner.append(1)
+        num_loops.append(1)
         return compat.while_loop(*args, kind="lax", **kwargs)
 
     class Adjoint(diffrax.AbstractAdjoint):
@@ -288,7 +292,9 @@ def test_integration_loop():
         adjoint=adjoint,
     )
     actual = solve(Adjoint()).ys
-    assert len(num_inner) > 0 and actual == solve(diffrax.DirectAdjoint()).ys, (
+    expected = solve(diffrax.DirectAdjoint()).ys
+    # Up to rounding: the two loops may be compiled differently.
+    assert len(num_loops) > 0 and jnp.allclose(actual, expected, rtol=1e-12), (
         "diffrax's `AbstractAdjoint._loop` no longer makes a solve with the loops that "
         "it is given."
     )

@@ -85,6 +85,10 @@ def test_quiet(name):
     assert warnings_of(grid, **kwargs) == []
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7),
+    reason="JAX 0.6 does not keep what a traced array was computed from.",
+)
 @pytest.mark.parametrize("name", loud)
 def test_loud(name):
     grid, kwargs, match = loud[name]
