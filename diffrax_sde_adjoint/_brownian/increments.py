@@ -38,7 +38,7 @@ of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024).
 without end expands white noise in an orthonormal basis of piecewise polynomials: Haar's
 for `[W]`, the multiwavelets of Alpert (1993) for the others.
 
-The split at a point other than the midpoint is in `bridge.py`.
+The split at a point other than the midpoint is in `leaf_bridge.py`.
 
 References:
 

@@ -3,8 +3,8 @@
 A cell is halved again and again, `levels` times. What is new at each split is a
 combination of normal numbers that are drawn from a key of the interval that is split
 (`increments.py`), and the last intervals, the *leaves*, are split at the points that
-are asked for (`bridge.py`). So the increment over a part of a cell is linear in the
-normal numbers of the cell, of the intervals that hold an end of the part strictly
+are asked for (`leaf_bridge.py`). So the increment over a part of a cell is linear in
+the normal numbers of the cell, of the intervals that hold an end of the part strictly
 inside, one on each level, and of the leaf that holds it: no other interval contains a
 part of the query, but for those that are within it, and what is new there adds up to
 zero.
@@ -27,11 +27,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .bridge import bridge
 from .cells import AbstractCells
 from .double_word import divide_differences
 from .draws import at_least_single
 from .increments import embed, halves, restrict, stds
+from .leaf_bridge import bridge
 
 
 # The points that halving makes and that times near them are taken for are at least this

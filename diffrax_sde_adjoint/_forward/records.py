@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._autodiff.batched_vjp import Axes, vjp
 from .._compat import Args, IntScalarLike
-from .step_times import Loop
+from .gradient_in_times import Loop
 from .tape import SolveState, Tape
 
 

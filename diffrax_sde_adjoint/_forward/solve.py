@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._autodiff.custom_derivative import Rule, detach, with_derivative
-from .._brownian.steps import warn_of_costly_steps
+from .._brownian.costly_steps import warn_of_costly_steps
 from .._compat import (
     State,
     integration_loop,
@@ -26,10 +26,10 @@ from .._compat import (
 from .._solver import ReversibleHeun, carried, check_sense
 from .._solver.stage_loops import in_forward_mode, without_loops
 from .._term.hoisted import hoist_closures, hoist_save_fns
+from .controllers import close_over_controller, may_jump
+from .gradient_in_times import Loop, distinct, split_times
 from .records import Parameters, Recorded, Start
 from .saved import get_save_states, get_saved
-from .step_sizes import close_over_controller, may_jump
-from .step_times import Loop, distinct, split_times
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
 

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._compat import State, nondifferentiable_backward, save_y
+from .._forward.gradient_in_times import pull_back_times
 from .._forward.instability import Spurious, is_unstable
 from .._forward.records import (
     Cotangents,
@@ -28,7 +29,6 @@ from .._forward.return_error import (
     size_of_loss,
 )
 from .._forward.saved import cotangents_of_earlier, get_save_states
-from .._forward.step_times import pull_back_times
 from .._forward.tape import SolveState
 from .._misc import zeros_like
 from .._solver import EES25, EES27, Reversible, ReversibleHeun, is_reversible
