@@ -30,7 +30,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
@@ -79,6 +78,25 @@ class ForwardTerms(eqx.Module):
     ) -> Y:
         terms, args = self.terms(diff)
         return terms[i].vf_prod(t, y, args, control)
+
+
+class _Matrix(eqx.Module):
+    """A matrix from the control to the solution and its cotangent: for each leaf of the
+    latter, the PyTree of the former. Unlike those of a `lineax.PyTreeLinearOperator`,
+    leaves may have different dtypes.
+    """
+
+    leaves: list[PyTree[Array]]
+    treedef: Any = eqx.field(static=True)
+
+    def mv(self, control: PyTree[Array]) -> PyTree[Array]:
+        def of_leaf(row):
+            products = jtu.tree_map(
+                lambda m, x: jnp.tensordot(m, x, axes=jnp.ndim(x)), row, control
+            )
+            return sum(jtu.tree_leaves(products)[1:], jtu.tree_leaves(products)[0])
+
+        return jtu.tree_unflatten(self.treedef, [of_leaf(x) for x in self.leaves])
 
 
 class AdjointTerm(diffrax.AbstractTerm):
@@ -150,7 +168,8 @@ class AdjointTerm(diffrax.AbstractTerm):
         matrix = jax.jacfwd(lambda control: self.vf_prod(t, y, args, control))(
             zeros_like(struct)
         )
-        return lx.PyTreeLinearOperator(matrix, jax.eval_shape(lambda: y))
+        treedef = jtu.tree_structure(y)
+        return _Matrix(treedef.flatten_up_to(matrix), treedef)
 
     def prod(self, vf: Any, control: PyTree) -> _AdjointY:
         if self.role == "drift":

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -29,7 +28,7 @@ from .._forward.records import Parameters, Start
 from .._forward.return_error import ReturnError, size_of_loss
 from .._forward.saved import cotangents_of_earlier, get_save_states
 from .._forward.tape import SolveState, Tape, plain_while_loop
-from .._misc import zeros_like
+from .._misc import in_scope, zeros_like
 from .._solver import has_layer
 from .._term.base import is_single_term, with_weak_directions
 from .adjoint_terms import AdjointTerm, ForwardTerms, make_quadrature
@@ -123,7 +122,7 @@ class _BackwardSolve(eqx.Module):
     def num_pages(self) -> Int[Array, ""]:
         return jnp.array(1) if self.tape is None else jnp.asarray(self.tape.num_pages)
 
-    @jax.named_scope("backward_sde")
+    @in_scope("backward_sde")
     def to_start(self, end: _Carry) -> _Carry:
         # Not a method, which JAX would want to hash.
         body = lambda carry: self._to_next_time(carry)

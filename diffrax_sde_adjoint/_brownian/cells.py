@@ -34,8 +34,9 @@ class AbstractCells(eqx.Module):
 
     @abc.abstractmethod
     def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
-        """The cell that holds a time, and what comes after: from an edge, which is what
-        a time within `tol` of one is, this is the cell to its right.
+        """The cell that holds a time; from an edge, which is what a time within `tol`
+        of one is, this is the cell to its right, as it may be for a time that is
+        somewhat further away.
         """
 
 
@@ -116,7 +117,8 @@ class ConstantStepCells(AbstractCells):
     def cell_from(self, t: Float[Array, ""], tol: Float[Array, ""]) -> Int[Array, ""]:
         # Not by comparing `t` to an edge, where there is a division: XLA would not fuse
         # it with all that depends on the cell.
-        from_start = t - self.t0 + tol
+        # Not less than the cell, with the rounding of the next two lines.
+        from_start = t - self.t0 + 2 * tol
         i = jnp.floor(from_start * self._rate).astype(jnp.int32)
         i = jnp.where(i > 1, i, (from_start >= self.dt).astype(jnp.int32))
         return jnp.clip(i, 0, self.count)

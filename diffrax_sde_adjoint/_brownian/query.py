@@ -42,11 +42,10 @@ def draw_cell(
     return increments.sample(jr.fold_in(key, i), at_least_single(dt), shape, num)
 
 
-@jax.named_scope("query_off_the_grid")
 def any_query(
     key: Key[Array, ""],
     cells: AbstractCells,
-    first_cell: Int[Array, ""],
+    drawn_cell: Int[Array, ""],
     drawn: Increment | None,
     ts: Float[Array, " ends=2"],
     tol: Float[Array, ""],
@@ -54,19 +53,17 @@ def any_query(
     shape: PyTree[jax.ShapeDtypeStruct],
     num: int,
 ) -> Increment:
-    """From `ts[0]`, in `first_cell`, to `ts[1]`. A time within `tol` of an edge, or of
-    a dyadic point of a cell, is that edge or point. `first_cell` may have been `drawn`.
-    If `ts[1]` is the smaller one, this is minus the query from there.
+    """The increment from `ts[0]` to `ts[1]`, of which the latter may be smaller. A time
+    within `tol` of an edge, or of a dyadic point of a cell, is that edge or point. What
+    was `drawn` is `drawn_cell`, in which the query most likely starts.
     """
     is_reversed = ts[0] > ts[1]
     ts = jnp.sort(ts)
-    first_cell = jnp.where(is_reversed, cells.cell_from(ts[0], tol), first_cell)
-    cell, ends = _locate(cells, first_cell, ts, tol, levels)
+    cell, ends = _locate(cells, ts, tol, levels)
     interval = refine.interval_between(ends, levels)
     is_simple = (interval == 1) | ((cell[0] == cell[1]) & (interval > 0))
     if drawn is not None:
-        # Of a reversed query it is not the first cell.
-        is_simple = is_simple & ~is_reversed
+        is_simple = is_simple & (cell[0] == drawn_cell)
     draw = lambda i: draw_cell(key, cells.length(i), i, shape, num)
 
     # In a batch, both are run for each element if any needs them. So that this takes no
@@ -160,7 +157,6 @@ def _parts(
 
 def _locate(
     cells: AbstractCells,
-    first_cell: Int[Array, ""],
     ts: Float[Array, " ends=2"],
     tol: Float[Array, ""],
     levels: int,
@@ -169,6 +165,7 @@ def _locate(
     edge = cells.nearest_edge(ts)
     from_edge = ts - cells.edge(edge)
     is_edge = jnp.abs(from_edge) <= tol
+    first_cell = jnp.where(from_edge[0] >= -tol, edge[0], edge[0] - 1)
     first_cell = jnp.clip(first_cell, 0, cells.count - 1)
     # At an edge, a query ends in the cell before; but not before it starts.
     is_after = ~is_edge[1] & (from_edge[1] >= 0)

@@ -12,12 +12,10 @@ The way back knows what a change of the solver's state is worth to the loss: its
 with the cotangents. So at some points of the solve this is evaluated for the change
 that would make the distance zero, from `(yhat, vf(yhat))` to `(y, vf(y))`. It is by how
 much the loss is wrong, to first order, and it is compared with the size that the loss
-has by how far the solution goes between these points. In a batch whose gradient is a
+has by how far the solution goes from its start. In a batch whose gradient is a
 sum both are sums: a few paths of a good solve can be far off, and so more is tolerated
 of a few.
 """
-
-from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
@@ -28,7 +26,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._autodiff.batched_vjp import Axes
 from .._compat import VF, Args, RealScalarLike, Y
-from .tape import SolveState
+from .tape import SolveState, Tape
 
 
 # Of OU processes, double wells, Heston, CIR and neural SDEs, those above had losses
@@ -51,8 +49,8 @@ is_unstable = (
 
 class Spurious(eqx.Module):
     """What the distance is `worth` to the loss, at most; and the largest absolute value
-    of each entry of the `change` of the solution from its start. Both are of the points
-    seen so far, for one element of a batch.
+    of each entry of the `change` of the solution from its start, as far as steps were
+    undone right. Both are of the points seen so far, for one element of a batch.
     """
 
     worth: Float[Array, ""]
@@ -69,20 +67,32 @@ class Spurious(eqx.Module):
         change = jtu.tree_map(jnp.maximum, self.change, _change(y, y0))
         return Spurious(worth, change)
 
+    def size_of_change(self, tape: Tape, y0: Y) -> PyTree[Float[Array, "..."]]:
+        """The largest absolute value of each entry of the change, as far as it is known
+        after the sweep.
+        """
+        is_short = tape.num_pages <= 1
+
+        def size(change_at_pages, largest_y, change, y0):
+            y0 = jnp.abs(y0)
+            known = jnp.maximum(change_at_pages, largest_y - y0)
+            # A short solve has no more than one page. There may be any rounding error
+            # in the states that were found again.
+            found = jnp.where(is_short, jnp.minimum(change, largest_y + y0), 0)
+            # If the solution does not move, the distance is rounding.
+            rounding = float(jnp.finfo(largest_y.dtype).eps) ** 0.5 * largest_y
+            return jnp.maximum(known, found) + rounding
+
+        return jtu.tree_map(size, tape.largest_change, tape.largest_y, self.change, y0)
+
     def is_too_large(
-        self,
-        largest_y: PyTree[Float[Array, "..."]],
-        loss: Callable[[PyTree[Float[Array, "..."]]], Float[Array, ""]],
-        axes: Axes,
+        self, scale: Float[Array, ""], axes: Axes
     ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Whether the solution is wrong, over the batch; and whether it is this element
         that is. An element that is not finite speaks for itself, and not for others.
-        `loss` is the size of the loss for that of each entry of the solution.
+        `scale` is the size of the loss by that of the change.
         """
-        # Of a solution that does not move, the distance is rounding.
-        rounding = lambda y: float(jnp.finfo(y.dtype).eps) ** 0.5 * y
-        size = jtu.tree_map(lambda x, y: x + rounding(y), self.change, largest_y)
-        worth, scale = lax.stop_gradient((self.worth, loss(size)))
+        worth, scale = lax.stop_gradient((self.worth, scale))
         is_finite = jnp.isfinite(worth) & jnp.isfinite(scale)
         numbers = [jnp.where(is_finite, x, 0) for x in (worth, scale, 1.0)]
         if axes:

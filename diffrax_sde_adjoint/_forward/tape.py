@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._compat import BoolScalarLike, State, Y, while_loop
+from .._misc import in_scope
 
 
 class SolveState(eqx.Module):
@@ -40,13 +40,15 @@ class Tape(eqx.Module):
     of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
     are filled to the end but the last one, which holds what is left of `num_steps`.
     `snapshots` are at the start of each page. `largest_y` has the largest absolute
-    value of each entry of the solution, at any time.
+    value of each entry of the solution, at any time, and `largest_change` that of its
+    difference from the initial one, at the ends of pages.
     """
 
     ends: Float[Array, "pages steps_per_page_plus_1"]
     starts: Float[Array, "pages steps_per_page"] | None
     snapshots: SolveState | None
     largest_y: PyTree[Float[Array, "..."]]
+    largest_change: PyTree[Float[Array, "..."]]
     num_steps: Int[Array, ""]
 
     @property
@@ -124,7 +126,7 @@ class Page(eqx.Module):
         return Step(prev_t1, t0, t1, start > end, index, is_made)
 
 
-@jax.named_scope("forward_solve")
+@in_scope("forward_solve")
 def loop_and_record(
     cond_fun: Callable[[State], Bool[Array, ""]],
     body_fun: Callable[[State], State],
@@ -156,7 +158,7 @@ def loop_and_record(
         return cond_fun(state) & (state.num_steps < max_steps)
 
     def fill_page(val):
-        state, prev_t1, largest_y, pages, all_snapshots = val
+        state, prev_t1, (largest_y, largest_change), pages, all_snapshots = val
         num_before = state.num_accepted_steps
         snapshot = get_snapshot(state)
 
@@ -182,24 +184,28 @@ def loop_and_record(
         write = lambda new, old: old.at[i].set(new)
         pages = jtu.tree_map(write, page, pages)
         all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
-        return state, prev_t1, largest_y, pages, all_snapshots
+        change = jtu.tree_map(jnp.subtract, state.y, init_state.y)
+        largest_change = jtu.tree_map(_larger, largest_change, change)
+        return state, prev_t1, (largest_y, largest_change), pages, all_snapshots
 
     # The loop over pages carries the state of the solve, the end of the last accepted
-    # step, the largest size of each entry of the solution, the pages and the snapshots.
+    # step, the largest size of each entry of the solution and of its change, the pages
+    # and the snapshots.
     init_pages = (init_starts, init_ends)
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
-    final_state, _, largest_y, (starts, ends), snapshots = while_loop(
+    init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
+    final_state, _, largest, (starts, ends), snapshots = while_loop(
         lambda val: is_running(val[0]),
         fill_page,
-        (init_state, init_state.tprev, init_largest_y, init_pages, init_snapshots),
+        (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
         buffers=lambda val: (*buffers(val[0]), *val[3:]),
         kind="lax",
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
-    return final_state, Tape(ends, starts, snapshots, largest_y, num_steps)
+    return final_state, Tape(ends, starts, snapshots, *largest, num_steps)
 
 
-@jax.named_scope("forward_step")
+@in_scope("forward_step")
 def _step_and_write(
     body_fun: Callable[[State], State],
     num_before: Int[ArrayLike, ""],

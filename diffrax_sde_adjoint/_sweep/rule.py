@@ -142,9 +142,8 @@ class SweepRule(eqx.Module):
         did_not_return = first.return_error.is_too_large()
         unstable = unstable_here = jnp.array(False)
         if first.spurious is not None:
-            unstable, unstable_here = first.spurious.is_too_large(
-                sweep.tape.largest_y, size, sweep.axes
-            )
+            scale = size(first.spurious.size_of_change(sweep.tape, sweep.init_y))
+            unstable, unstable_here = first.spurious.is_too_large(scale, sweep.axes)
         if self.throw:
             grads = first.result.error_if(grads, failed)
             grads = eqx.error_if(grads, unstable, is_unstable)

@@ -23,7 +23,6 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -41,7 +40,7 @@ from .._forward.records import (
 )
 from .._forward.return_error import ReturnError
 from .._forward.tape import Page, SolveState, Step, Tape
-from .._misc import add_where_given, zeros_like
+from .._misc import add_where_given, in_scope, zeros_like
 from .._solver.stage_loops import in_forward_mode
 from .._term.known_control import evaluate_controls, with_controls
 from .saved_outputs import Position, SavedOutputs
@@ -85,7 +84,7 @@ class Sweep(eqx.Module):
     def terms(self) -> PyTree[diffrax.AbstractTerm]:
         return self.parameters.all.terms
 
-    @jax.named_scope("sweep")
+    @in_scope("sweep")
     def __call__(
         self,
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
@@ -168,7 +167,7 @@ class Sweep(eqx.Module):
         )
         return controls, lambda grad_controls: pull_back(grad_controls)[0]
 
-    @jax.named_scope("pull_back_step")
+    @in_scope("pull_back_step")
     def pull_back(
         self,
         step: Step,
@@ -198,7 +197,7 @@ class Sweep(eqx.Module):
             (state0, step.t0, positions, Cotangents(grad_state0, grad_parameters)),
         )
 
-    @jax.named_scope("saved_outputs")
+    @in_scope("saved_outputs")
     def add_grad_saved(
         self, step: Step, dense_info: DenseInfo, y1: Y, carry: SweepState
     ) -> tuple[list[Position], Cotangents, DenseInfo]:

@@ -2,7 +2,6 @@
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
@@ -10,7 +9,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .._autodiff.batched_vjp import where_active
 from .._compat import Args
 from .._forward.tape import Page, SolveState, Step
-from .._misc import are_alike
+from .._misc import are_alike, in_scope
 from .._solver import AbstractReversibleSolver
 from .._term.known_control import with_controls
 from .sweep import Sweep, SweepState, arrive_at_page
@@ -46,7 +45,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     return arrive_at_page(carry, page)
 
 
-@jax.named_scope("undo_step")
+@in_scope("undo_step")
 def _undo_step(
     solver: AbstractReversibleSolver,
     terms: PyTree[diffrax.AbstractTerm],

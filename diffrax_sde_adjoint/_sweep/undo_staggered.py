@@ -27,7 +27,6 @@ it is complete when the sweep comes to the left of the step.
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
@@ -37,7 +36,7 @@ from .._autodiff.dependence import depends_on
 from .._compat import VF, BoolScalarLike, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
 from .._forward.tape import Page, SolveState, Step
-from .._misc import add_where_given, are_alike, zeros_like
+from .._misc import add_where_given, are_alike, in_scope, zeros_like
 from .._solver import ReversibleHeun, sums_leaf_by_leaf
 from .sweep import Sweep, SweepState, arrive_at_page
 
@@ -145,7 +144,7 @@ def _enter(
     return eqx.tree_at(lambda c: c.state, carry, state)
 
 
-@jax.named_scope("undo_step")
+@in_scope("undo_step")
 def _undo_step(
     sweep: Sweep,
     page: Page,
@@ -167,9 +166,9 @@ def _undo_step(
         step, dict(y0=zeros, y1=zeros), y1, carry
     )
     grad_y1 = _add(grads.state.y, 1.0, grad_dense_info["y1"])
-    of_step_ = (grad_dense_info["y0"], grad_y1, grad_yhat1, grad_vf1)
+    grad_step = (grad_dense_info["y0"], grad_y1, grad_yhat1, grad_vf1)
     grad_y0, grad_y1, grad_yhat1, grad_vf1 = where_active(
-        step.is_made, of_step_, zeros_like(of_step_), sweep.axes
+        step.is_made, grad_step, zeros_like(grad_step), sweep.axes
     )
 
     control = terms.contr(step.t0, step.t1)

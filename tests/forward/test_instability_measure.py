@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 
 from diffrax_sde_adjoint._forward.instability import Spurious
+from diffrax_sde_adjoint._forward.tape import Tape
 
 
 def spurious_of(worth, change):
     return Spurious(jnp.asarray(worth, float), jnp.asarray(change, float))
-
-
-def sum_of_entries(size):
-    return jnp.sum(size)
 
 
 def test_at():
@@ -43,29 +40,46 @@ def test_nan_stays():
 
 
 def test_without_a_batch():
-    """Of the change of the solution, 13% are let pass."""
-    largest_y = jnp.array([0.0, 0.0])
+    """Of the size of the loss, 13% are let pass."""
     for worth, expected in ((0.129, False), (0.131, True)):
-        spurious = spurious_of(worth, [0.25, 0.75])
-        is_any, is_here = spurious.is_too_large(largest_y, sum_of_entries, ())
+        is_any, is_here = spurious_of(worth, [0.25]).is_too_large(jnp.array(1.0), ())
         assert is_any == is_here == expected
-    # The loss says what the change is worth.
-    spurious = spurious_of(0.2, [0.25, 0.75])
-    assert spurious.is_too_large(largest_y, sum_of_entries, ())[0]
-    assert not spurious.is_too_large(largest_y, lambda size: 2 * jnp.sum(size), ())[0]
+    assert not spurious_of(0.2, [0.25]).is_too_large(jnp.array(2.0), ())[0]
+
+
+def size_of_change(change, largest_y, at_pages, y0, num_pages, dtype=float):
+    """For a solution of one entry."""
+    array = lambda x: jnp.array([x], dtype)
+    num_steps = jnp.array(2 * num_pages)
+    ends = jnp.zeros((num_pages, 3), dtype)
+    tape = Tape(ends, None, None, array(largest_y), array(at_pages), num_steps)
+    spurious = Spurious(jnp.array(0.0), array(change))
+    (size,) = spurious.size_of_change(tape, array(y0))
+    return size
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
 def test_solution_that_does_not_move(dtype):
     """There the distance is compared with rounding."""
-    size = 100 * float(jnp.finfo(dtype).eps) ** 0.5
-    largest_y = jnp.array([100.0], dtype)
-    loss = lambda size: jnp.sum(size).astype(float)
-    for worth, expected in ((0.12 * size, False), (0.14 * size, True)):
-        spurious = Spurious(jnp.array(worth), jnp.zeros(1, dtype))
-        assert spurious.is_too_large(largest_y, loss, ())[0] == expected
-    nothing = Spurious(jnp.array(0.0), jnp.zeros(1, dtype))
-    assert not nothing.is_too_large(0 * largest_y, loss, ())[0]
+    size = size_of_change(0.0, 100.0, 0.0, 100.0, 1, dtype)
+    np.testing.assert_allclose(size, 100 * float(jnp.finfo(dtype).eps) ** 0.5)
+    assert size_of_change(0.0, 0.0, 0.0, 0.0, 1, dtype) == 0
+
+
+def test_size_of_change():
+    """What the forward solve knows, and for a solve of one page what was found again,
+    within what is possible.
+    """
+    cases = (
+        # change, largest_y, at_pages, y0, num_pages, expected
+        (0.3, 1.0, 0.1, 1.0, 1, 0.3),
+        (0.3, 1.0, 0.1, 1.0, 2, 0.1),
+        (1e9, 1.0, 0.1, -1.0, 1, 2.0),
+        (1e9, 1.0, 0.1, -1.0, 3, 0.1),
+        (0.0, 1.0, 0.0, 0.2, 1, 0.8),
+    )
+    for *inputs, expected in cases:
+        np.testing.assert_allclose(size_of_change(*inputs), expected, atol=1e-7)
 
 
 def measure(worths, changes, num_axes=1):
@@ -73,8 +87,7 @@ def measure(worths, changes, num_axes=1):
     names = ("inner", "outer")[:num_axes]
 
     def one(worth, change):
-        no_size = jnp.zeros_like(change)
-        return spurious_of(worth, change).is_too_large(no_size, sum_of_entries, names)
+        return spurious_of(worth, change).is_too_large(jnp.sum(change), names)
 
     for name in names:
         one = jax.vmap(one, axis_name=name, out_axes=(None, 0))
@@ -134,9 +147,7 @@ def test_has_no_derivative():
     """As it is looked at in a rule that may be differentiated."""
 
     def number(worth):
-        is_any, _ = spurious_of(worth, [1.0]).is_too_large(
-            jnp.zeros(1), sum_of_entries, ()
-        )
+        is_any, _ = spurious_of(worth, [1.0]).is_too_large(jnp.array(1.0), ())
         return jnp.where(is_any, 1.0, 0.0)
 
     assert jax.grad(number)(0.5) == 0.0

@@ -204,6 +204,12 @@ def test_largest_solution(accepted):
     ys = [solution(num)[0] for num in range(len(accepted.replace(".", "")) + 1)]
     largest_y = jtu.tree_map(lambda *y: np.max(np.abs(np.array(y)), axis=0), *ys)
     assert_equal(tape.largest_y, largest_y)
+    # That of the change at the ends of pages, of three steps each.
+    at_pages = [*ys[::3], ys[-1]]
+    largest_change = jtu.tree_map(
+        lambda *y: np.max(np.abs(np.array(y) - y[0]), axis=0), *at_pages
+    )
+    assert_equal(tape.largest_change, largest_change)
 
 
 def test_batch_with_different_numbers_of_steps():
@@ -226,7 +232,8 @@ def tape_of(num_steps, steps_per_page, num_pages):
     """Its steps end at 1, 2, ..."""
     first = steps_per_page * np.arange(num_pages)[:, None]
     ends = (first + np.arange(steps_per_page + 1)).astype(float)
-    return Tape(jnp.array(ends), None, None, jnp.array(0.0), jnp.array(num_steps))
+    size = jnp.array(0.0)
+    return Tape(jnp.array(ends), None, None, size, size, jnp.array(num_steps))
 
 
 @pytest.mark.parametrize("steps_per_page", (1, 2, 15, 16, 17))
