@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from diffrax_sde_adjoint import (
     AbstractReversibleSolver,
+    BackwardSDEAdjoint,
     BrownianInterval,
     ReversibleHeun,
     StochasticAdjoint,
@@ -982,16 +983,40 @@ def test_element_without_length(name, adjoint):
     np.testing.assert_allclose(value, expected + 9, rtol=1e-12)
 
 
-def test_errors_are_short(caplog, capfd):
-    """Under `jax.jit`, JAX adds a traceback of its own; but not twice."""
-    loss = lambda y0: two_step_loss(
-        StochasticAdjoint(),
+def far_from_the_solution(y0):
+    """With steps that are too long for the backward SDE."""
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -5 * y),
+        diffrax.Heun(),
+        0.0,
+        4.0,
+        0.01,
         y0,
-        0.9,
-        WithBadInverse(change=lambda out: (out[0] + 1, *out[1:])),
+        adjoint=BackwardSDEAdjoint(dt0=1.0),
     )
+    return sol.ys[0] ** 2
+
+
+@pytest.mark.parametrize(
+    "loss,match",
+    (
+        (
+            lambda y0: two_step_loss(
+                StochasticAdjoint(),
+                y0,
+                0.9,
+                WithBadInverse(change=lambda out: (out[0] + 1, *out[1:])),
+            ),
+            "backward_step",
+        ),
+        (far_from_the_solution, "from where the forward solve had been"),
+    ),
+    ids=("StochasticAdjoint", "BackwardSDEAdjoint"),
+)
+def test_errors_are_short(loss, match, caplog, capfd):
+    """Under `jax.jit`, JAX adds a traceback of its own; but not twice."""
     with pytest.raises(RuntimeError) as info:
         jax.jit(jax.grad(loss))(jnp.array(0.2))
     assert len(caplog.records) == 0
     assert "pure_callback failed" not in capfd.readouterr().err
-    assert "backward_step" in str(info.value)
+    assert match in str(info.value)
