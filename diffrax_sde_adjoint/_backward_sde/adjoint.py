@@ -168,7 +168,9 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         max_steps,
         **kwargs,
     ) -> Numerics:
-        """Those of the forward solve, where this does not say otherwise."""
+        """How the backward solve is made: as the forward one, where this adjoint does
+        not say otherwise.
+        """
         del kwargs
         if self.solver is not None:
             solver = without_loops(self.solver)

@@ -22,7 +22,7 @@ from .cells import ListedCells
 from .interval import BrownianInterval
 
 
-# Of a cell, how far from an edge a time counts as rounded.
+# How far from an edge a time counts as rounded, as a part of a cell.
 _tolerance = 1e-3
 # The first steps are looked at: the others are like them, or there is nothing to gain.
 _num_steps = 100

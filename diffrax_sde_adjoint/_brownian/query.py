@@ -112,7 +112,9 @@ def _halve_until(
     shape: PyTree[jax.ShapeDtypeStruct],
     num: int,
 ) -> Increment:
-    """From a cell to the half that holds an interval, until this is the interval."""
+    """The increment over an interval that halving a cell makes, from that of the cell:
+    this goes to the half that holds the interval, until it is the interval.
+    """
     depth = refine.depth(interval)
 
     def halve(i, inc):

@@ -30,7 +30,7 @@ class Parameters(eqx.Module):
 
 
 def of_controls(parameters: Parameters) -> Parameters:
-    """Those that the controls of a step depend on."""
+    """The parameters that the controls of a step depend on."""
     args, save_fns, save_ts = jtu.tree_map(
         lambda _: None, (parameters.args, parameters.save_fns, parameters.save_ts)
     )
@@ -38,7 +38,7 @@ def of_controls(parameters: Parameters) -> Parameters:
 
 
 def of_step(parameters: Parameters) -> Parameters:
-    """Those that a step depends on."""
+    """The parameters that a step depends on."""
     save_fns, save_ts = jtu.tree_map(
         lambda _: None, (parameters.save_fns, parameters.save_ts)
     )
@@ -60,9 +60,9 @@ class Differentiated(eqx.Module):
         return eqx.combine(self.diff, self.nondiff)
 
     def only(self, keep: Callable[[Parameters], Parameters]) -> "Differentiated":
-        """The same, of which `keep` says what is differentiated: it leaves `None` in
-        place of everything else. So the cotangents of that, which may be large, are not
-        carried through a loop in which they are zero.
+        """These parameters, of which `keep` says what is differentiated: it leaves
+        `None` in place of everything else. So the cotangents of that, which may be
+        large, are not carried through a loop in which they are zero.
         """
         kept = keep(self.diff)
         rest = jtu.tree_map(

@@ -61,7 +61,7 @@ class ReturnError(eqx.Module):
 
     @staticmethod
     def none(scale: Float[Array, ""], y: Y, least_tolerance: float) -> "ReturnError":
-        """At the end of the solve."""
+        """What it is at the end of the solve: none."""
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y)]
         tolerance = max([least_tolerance, *(x**_root for x in eps)])
         return ReturnError(jnp.zeros((), jnp.result_type(float)), scale, tolerance)
@@ -69,7 +69,9 @@ class ReturnError(eqx.Module):
     def arrived(
         self, found: PyTree[Any], known: PyTree[Any], grad: PyTree[Array | None]
     ) -> "ReturnError":
-        """At a state that is `known`, found as `found`, and with cotangent `grad`."""
+        """The error with that of one more state, which is `known`, was `found` again,
+        and has cotangent `grad`.
+        """
 
         def weighted(grad, x, x0):
             return None if grad is None else jnp.sum(jnp.abs(grad * (x - x0)))

@@ -257,7 +257,7 @@ def _end(
 
 
 def _go(sweep: Sweep, end: SweepState, known: SolveState) -> SweepState:
-    """From the end of the solve to its start, where the state is `known`."""
+    """Goes from the end of the solve to its start, where the state is `known`."""
     if not is_reversible(sweep.solver):
         return sweep(replay, end)
     way = undo_staggered if can_stagger(sweep, end) else undo

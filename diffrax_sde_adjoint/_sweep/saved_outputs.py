@@ -188,7 +188,7 @@ class SavedOutputs(eqx.Module):
         return lax.while_loop(is_any_left, add_grad, carry)
 
     def _relevant(self, i: int, parameters: Parameters) -> Parameters:
-        """Those that `SubSaveAt` number `i` depends on, of arrays that are
+        """The parameters that `SubSaveAt` number `i` depends on, of arrays that are
         differentiated or of their cotangents.
         """
         keep_if = lambda pred, tree: jtu.tree_map(lambda x: x if pred else None, tree)

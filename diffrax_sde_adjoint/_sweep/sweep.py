@@ -90,7 +90,7 @@ class Sweep(eqx.Module):
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
         carry: SweepState,
     ) -> SweepState:
-        """From the end of the solve to its start, with one of the ways to go back
+        """Goes from the end of the solve to its start, with one of the ways to go back
         through a page.
         """
 
@@ -225,7 +225,7 @@ def _make_step(
     solver: diffrax.AbstractSolver,
     step: Step,
 ) -> tuple[Y, DenseInfo, PyTree[Any]]:
-    """From a state at the start of a step and the controls over it."""
+    """Makes a step from a state at its start and the controls over it."""
     state0, controls = own
     y1, _, dense_info, solver_state1, _ = solver.step(
         with_controls(parameters.terms, step.t0, step.t1, controls),
@@ -257,8 +257,8 @@ def arrive(carry: SweepState, known: SolveState) -> SweepState:
 
 
 def arrive_at_page(carry: SweepState, page: Page) -> SweepState:
-    """As `arrive`, if the state at the start of the page was kept, and the steps came
-    from there.
+    """Does as `arrive`, if the state at the start of the page was kept, and the steps
+    came from there.
     """
     if page.snapshot is None:
         return carry

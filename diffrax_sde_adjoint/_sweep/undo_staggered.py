@@ -128,9 +128,11 @@ def _depends_on_parameters(sweep: Sweep, page: Page) -> bool:
 def _enter(
     sweep: Sweep, page: Page, carry: SweepState, control_is_wanted: bool
 ) -> SweepState:
-    """At the end of a page. There is nothing on the right of the last step: a control
-    and cotangents of zero, and times at which a control can be evaluated. (In a batch,
-    there are elements without any steps on this page.)
+    """Gives the state at the end of a page the form in which steps are undone.
+
+    To the right of the last step there is none, and so a control and cotangents of
+    zero, and times at which a control can be evaluated. (In a batch, there are elements
+    without any steps on this page.)
     """
     last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     no_control = zeros_like(eqx.filter_eval_shape(sweep.terms.contr, last.t0, last.t1))
@@ -206,7 +208,7 @@ def _undo_step(
 
 
 def _leave(sweep: Sweep, carry: SweepState, control_is_wanted: bool) -> SweepState:
-    """At the start of a page, from what the point there is known by to its state."""
+    """Gives the state at the start of a page its usual form."""
     yhat, right = carry.state.yhat, carry.state.right
     vf = sweep.terms.vf(carry.next_t0, yhat, sweep.args)
     if control_is_wanted:

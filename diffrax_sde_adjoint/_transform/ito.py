@@ -226,8 +226,8 @@ def _convert(
     noises = [x for x in leaves if is_noise(x)]
     check_independent(noises)
     noises = [without_path(x) for x in noises]
-    # Of a user's own term too, so that there is no term more than before, for solvers
-    # that take just two.
+    # The drift may be a user's own term too. It is a part of the new one, so that there
+    # is no term more than before, for solvers that take just two.
     is_drift = [
         isinstance(x, diffrax.ODETerm) and not has_own_control(x) for x in leaves
     ]
