@@ -5,9 +5,9 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax.tree_util as jtu
 
 from ._compat import State
+from ._forward.saved import get_subs
 from ._forward.solve import Derivative, check_checkpoint_every, prepare, solve
 from ._solver import is_reversible
 from ._sweep import SweepRule, no_second_derivative
@@ -134,12 +134,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 if is_reversible(solver)
                 else max(1, math.ceil(math.sqrt(max_steps)))
             )
-        is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
-        subs = jtu.tree_leaves(kwargs["saveat"].subs, is_leaf=is_subsaveat)
         meter = kwargs["progress_meter"]
         derivative = Derivative(
             rule=SweepRule(
-                save_steps=[sub.steps for sub in subs],
+                save_steps=[sub.steps for sub in get_subs(kwargs["saveat"])],
                 has_progress_meter=type(meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             ),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._autodiff.dependence import depends_on
 from .._compat import RealScalarLike, Y, save_y
+from .._forward.saved import get_subs
 from .._misc import zeros_like
 from .._solver import has_layer
 from .._solver.unrolled_srk import is_for_additive_noise
@@ -49,8 +50,7 @@ def check_supported(
     )
     if event is not None:
         raise unsupported("events")
-    is_subsaveat = lambda x: isinstance(x, diffrax.SubSaveAt)
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_subsaveat)
+    subs = get_subs(saveat)
     if saveat.dense:
         raise unsupported("`SaveAt(dense=True)`")
     if any(sub.steps for sub in subs):

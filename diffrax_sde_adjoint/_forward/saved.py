@@ -2,10 +2,17 @@
 
 from typing import Any
 
+import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import SaveState, State
+
+
+def get_subs(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
+    """All that there is to be saved, in the order of `get_save_states`."""
+    is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
+    return jtu.tree_leaves(saveat.subs, is_leaf=is_sub)
 
 
 def get_save_states(state: State) -> list[SaveState]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from .._autodiff.custom_derivative import Rule, detach, with_derivative
 from .._brownian.costly_steps import warn_of_costly_steps
@@ -29,7 +28,7 @@ from .._term.hoisted import hoist_closures, hoist_save_fns
 from .controllers import close_over_controller, may_jump
 from .gradient_in_times import Loop, distinct, split_times
 from .records import Parameters, Recorded, Start
-from .saved import get_save_states, get_saved
+from .saved import get_save_states, get_saved, get_subs
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
 
@@ -123,7 +122,7 @@ def solve(
     t1, stepsize_controller = distinct((t1, stepsize_controller))
     times = distinct(_get_times(init_state))
     init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
+    subs = get_subs(saveat)
     loop = ft.partial(
         _loop,
         derivative=derivative,
@@ -244,7 +243,3 @@ def _get_times(state: State) -> tuple[Any, ...]:
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _is_subsaveat(x: Any) -> bool:
-    return isinstance(x, diffrax.SubSaveAt)
