@@ -2,9 +2,9 @@
 as the value is known.
 """
 
-import functools
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import equinox as eqx
@@ -20,23 +20,15 @@ from ._compat import _EquinoxRuntimeError, callback_log, unvmap_any
 
 
 _T = TypeVar("_T", bound=PyTree)
-_Function = TypeVar("_Function", bound=Callable)
 
 
-def in_scope(name: str) -> Callable[[_Function], _Function]:
+@contextlib.contextmanager
+def in_scope(name: str) -> Iterator[None]:
     """Gives what a function traces a name in profiles. Unlike `jax.named_scope` as a
     decorator, which in JAX 0.6 has one state for all calls, it may call itself.
     """
-
-    def decorate(fn):
-        @functools.wraps(fn)
-        def wrapped(*args, **kwargs):
-            with jax.named_scope(name):
-                return fn(*args, **kwargs)
-
-        return wrapped
-
-    return cast(Any, decorate)
+    with jax.named_scope(name):
+        yield
 
 
 def error_if(x: _T, pred: Callable[[], Bool[ArrayLike, "..."]], msg: str) -> _T:
@@ -53,27 +45,25 @@ def error_if(x: _T, pred: Callable[[], Bool[ArrayLike, "..."]], msg: str) -> _T:
     return x
 
 
-class _Message(Sequence[str]):
-    """A message with numbers that are known when the program runs. To
-    [`equinox.branched_error_if`][] it is the only one of its messages.
+class _Message:
+    """All messages of [`equinox.branched_error_if`][]: one, with numbers that are known
+    when the program runs.
     """
 
     def __init__(self, template: str, num_values: int):
         self._template = template
-        self._values = ["?"] * num_values
+        self._text = template.format(*num_values * ["?"])
 
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if index != 0:
-            raise IndexError
-        return self._template.format(*self._values)
+    def __getitem__(self, index: int) -> str:
+        del index
+        return self._text
 
     def note(self, pred: ArrayLike, *values: ArrayLike) -> ArrayLike:
         """Takes the numbers of the first element of a batch that is in error."""
         first = np.argmax(np.ravel(pred))
-        self._values = [f"{np.ravel(x)[first]:.6g}" for x in values]
+        self._text = self._template.format(
+            *(f"{np.ravel(x)[first]:.6g}" for x in values)
+        )
         return pred
 
 
@@ -97,7 +87,7 @@ def error_with_values_if(
         ),
         lambda: pred,
     )
-    return eqx.branched_error_if(x, pred, 0, message)
+    return eqx.branched_error_if(x, pred, 0, cast(Any, message))
 
 
 def _is_new(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ Axes that come after differentiation, as in `vmap(grad(solve))`, are JAX's own a
 There the gradients of the elements are kept apart, as they should be.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -41,42 +42,21 @@ class _Axis(NamedTuple):
 Rule = Callable[[Any, Any, Any, Any, Any, Axes], tuple[Any, Any, Array]]
 
 
+@dataclasses.dataclass(eq=False)
 class _Call:
     """The rule, and how to put its arguments together from arrays. It is a parameter of
     a primitive, and equal only to itself.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        arrays: PyTree[Array],
-        static: PyTree[Any],
-        no_forward_mode: str,
-    ):
-        self.rule = rule
-        self.no_forward_mode = no_forward_mode
-        self.treedef = jtu.tree_structure(arrays)
-        self.static = static
-        *_, outputs = arrays
-        self.num_outputs = len(jtu.tree_leaves(outputs))
+    rule: Rule
+    no_forward_mode: str
+    treedef: Any
+    static: PyTree[Any]
+    num_outputs: int
 
-    def arguments(self, leaves: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    def arrays(self, leaves: Sequence[Any]) -> PyTree[Array]:
         # JAX may have made numbers of some.
-        leaves = [jnp.asarray(x) for x in leaves]
-        return eqx.combine(jtu.tree_unflatten(self.treedef, leaves), self.static)
-
-    def leaves(self, arguments: tuple[Any, Any, Any, Any]) -> list[Any]:
-        """The inverse of `arguments`. It does not look for arrays: JAX may have made
-        numbers of some.
-        """
-        is_none = lambda x: x is None
-        static = jtu.tree_leaves(self.static, is_leaf=is_none)
-        everything = jtu.tree_leaves(arguments, is_leaf=is_none)
-        return [
-            x
-            for x, other in zip(everything, static, strict=True)
-            if x is not None and other is None
-        ]
+        return jtu.tree_unflatten(self.treedef, map(jnp.asarray, leaves))
 
 
 def with_derivative(
@@ -98,13 +78,12 @@ def with_derivative(
     `no_forward_mode` is the message of the error in forward mode.
     """
     arrays, static = eqx.partition((shared, own, residuals, outputs), eqx.is_array)
-    arrays = jtu.tree_map(jnp.asarray, arrays)  # from those of NumPy
-    call = _Call(rule, arrays, static, no_forward_mode)
-    out = _with_derivative_p.bind(*jtu.tree_leaves(arrays), call=call, axes=())
-    *_, static_outputs = static
-    *_, output_arrays = arrays
-    out = jtu.tree_unflatten(jtu.tree_structure(output_arrays), out)
-    return eqx.combine(out, static_outputs)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    out_leaves, out_treedef = jtu.tree_flatten(arrays[-1])
+    call = _Call(rule, no_forward_mode, treedef, static, len(out_leaves))
+    leaves = map(jnp.asarray, leaves)  # from those of NumPy
+    out = _with_derivative_p.bind(*leaves, call=call, axes=())
+    return eqx.combine(jtu.tree_unflatten(out_treedef, out), static[-1])
 
 
 def detach(tree: _T) -> _T:
@@ -124,14 +103,6 @@ _detach_p = jex.core.Primitive("detach")
 _detach_p.multiple_results = True
 
 
-def _detach_impl(*leaves):
-    return list(leaves)
-
-
-def _detach_batch(leaves, dims):
-    return _detach_p.bind(*leaves), dims
-
-
 def _detach_jvp(primals, tangents):
     del tangents
     # Not bound again: an outer differentiation does not see that these were detached.
@@ -140,9 +111,9 @@ def _detach_jvp(primals, tangents):
 
 register_primitive(
     _detach_p,
-    impl=_detach_impl,
-    abstract_eval=_detach_impl,
-    batch=_detach_batch,
+    impl=lambda *leaves: list(leaves),
+    abstract_eval=lambda *leaves: list(leaves),
+    batch=lambda leaves, dims: (_detach_p.bind(*leaves), dims),
     jvp=_detach_jvp,
 )
 
@@ -189,11 +160,11 @@ def _jvp(primals, tangents, *, call, axes):
         for t in tangents
     ]
     out, tangent_out = eqx.filter_jvp(
-        lambda *arguments: _differentiable(arguments, call=call, axes=axes),
-        call.arguments(primals),
+        lambda *arrays: _differentiable(arrays, call=call, axes=axes),
+        call.arrays(primals),
         jtu.tree_unflatten(call.treedef, tangents),
     )
-    out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
+    out, treedef = jtu.tree_flatten(out)
     return _finish_jvp(out, treedef.flatten_up_to(tangent_out))
 
 
@@ -214,52 +185,45 @@ register_primitive(
 _in_reverse_p = jex.core.Primitive("in_reverse")
 
 
-def _in_reverse_impl(tangent, *, msg):
-    raise ValueError(msg)
-
-
-def _in_reverse_batch(tangents, dims, *, msg):
+def _refuse(*_, msg):
     raise ValueError(msg)
 
 
 register_primitive(
     _in_reverse_p,
-    impl=_in_reverse_impl,
+    impl=_refuse,
     abstract_eval=lambda tangent, *, msg: tangent,
-    batch=_in_reverse_batch,
+    batch=_refuse,
     transpose=lambda cotangent, _, *, msg: [cotangent],
 )
 
 
 @eqx.filter_custom_vjp
-def _differentiable(arguments, *, call, axes):
+def _differentiable(arrays, *, call, axes):
     del call, axes
-    *_, outputs = arguments
-    return outputs
+    return arrays[-1]
 
 
 @_differentiable.def_fwd
-def _differentiable_fwd(perturbed, arguments, *, call, axes):
+def _differentiable_fwd(perturbed, arrays, *, call, axes):
     del perturbed, call, axes
-    *_, outputs = arguments
-    return outputs, None
+    return arrays[-1], None
 
 
 @_differentiable.def_bwd
-def _differentiable_bwd(_, grad_outputs, perturbed, arguments, *, call, axes):
-    *perturbed, _, _ = perturbed
-    *_, residuals, outputs = arguments
-    grad_outputs = jtu.tree_map(_materialise_zeros, outputs, grad_outputs)
-    leaves = call.leaves(arguments)
+def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
+    # Of what is not an array, nothing is.
+    perturbed = eqx.combine(perturbed, jtu.tree_map(lambda _: False, call.static))[:2]
+    grad_outputs = jtu.tree_map(_materialise_zeros, arrays[-1], grad_outputs)
     names = tuple(object() for _ in axes)
     is_batched = [
         jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
     ]
 
     def rule(leaves, grad_outputs):
-        *inputs, residuals, outputs = call.arguments(leaves)
+        *inputs, residuals, outputs = eqx.combine(call.arrays(leaves), call.static)
         *grads, is_wrong = call.rule(
-            tuple(perturbed), tuple(inputs), residuals, outputs, grad_outputs, names
+            perturbed, tuple(inputs), residuals, outputs, grad_outputs, names
         )
 
         def finish(is_summed, grad, *is_batched):
@@ -287,8 +251,8 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arguments, *, call, axes):
             axis_size=axis.size,
             axis_name=name,
         )
-    none = jtu.tree_map(lambda _: None, (residuals, outputs))
-    return *rule(leaves, grad_outputs), *none
+    none = jtu.tree_map(lambda _: None, arrays[2:])
+    return *rule(jtu.tree_leaves(arrays), grad_outputs), *none
 
 
 def _materialise_zeros(x: Any, grad: Array | None) -> Array | None:
