@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, PyTree
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._misc import zeros_like
 from .._solver import AbstractForwardingSolver, has_layer
-from .._solver.unrolled_srk import is_for_additive_noise
+from .._solver.stage_loops import is_for_additive_noise
 from .._term.base import is_single_term
 from .._term.reversed import reversed_control
 from .._transform.ito import correction

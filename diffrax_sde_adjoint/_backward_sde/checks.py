@@ -17,7 +17,7 @@ from .._compat import RealScalarLike, Y, save_y
 from .._forward.saved import get_subs
 from .._misc import zeros_like
 from .._solver import has_layer
-from .._solver.unrolled_srk import is_for_additive_noise
+from .._solver.stage_loops import is_for_additive_noise
 from .._term.base import is_single_term, unwrap
 from .._term.noise import check_independent, has_own_control, is_noise
 from .adjoint_terms import ForwardTerms, Role

@@ -1,6 +1,7 @@
 """Solvers: those whose steps can be undone, and diffrax's with loops of other kinds."""
 
 from .base import (
+    AbstractForwardingSolver as AbstractForwardingSolver,
     AbstractReversibleSolver as AbstractReversibleSolver,
     check_sense as check_sense,
     has_layer as has_layer,
@@ -8,7 +9,6 @@ from .base import (
     layers as layers,
 )
 from .ees import EES25 as EES25, EES27 as EES27
-from .forwarding import AbstractForwardingSolver as AbstractForwardingSolver
 from .reversible import Reversible as Reversible
 from .reversible_heun import (
     ReversibleHeun as ReversibleHeun,

@@ -1,14 +1,15 @@
-"""The interface of a solver whose steps can be undone."""
+"""The interface of a solver whose steps can be undone, and what is asked of solvers."""
 
 import abc
 from collections.abc import Iterator
 from typing import ClassVar, TypeGuard, TypeVar, cast
 
 import diffrax
+import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import VF, Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._term.noise import AbstractConvertedDrift
 
 
@@ -74,6 +75,53 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         """
 
 
+class AbstractForwardingSolver(diffrax.AbstractSolver[_SolverState]):
+    """A solver that has the terms, the orders and the root finder of `solver`."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    @property
+    def term_structure(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.solver.term_structure
+
+    @property
+    def term_compatible_contr_kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
+
+    @property
+    def root_finder(self):
+        return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def root_find_max_steps(self):
+        return self.solver.root_find_max_steps  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def scan_kind(self):
+        # diffrax looks through one wrapper, and takes it for the Runge-Kutta method.
+        return self.solver.scan_kind  # pyright: ignore[reportAttributeAccessIssue]
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+        return self.solver.order(terms)
+
+    def strong_order(
+        self, terms: PyTree[diffrax.AbstractTerm]
+    ) -> RealScalarLike | None:
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms: PyTree[diffrax.AbstractTerm]) -> RealScalarLike | None:
+        return self.solver.error_order(terms)
+
+    def func(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> VF:
+        return self.solver.func(terms, t0, y0, args)
+
+
 def is_reversible(
     solver: diffrax.AbstractSolver,
 ) -> TypeGuard[AbstractReversibleSolver]:
@@ -84,9 +132,8 @@ def is_reversible(
 def layers(solver: diffrax.AbstractSolver) -> Iterator[diffrax.AbstractSolver]:
     """The solver, and all those that it wraps, from the outside to the inside."""
     yield solver
-    while issubclass(type(solver), diffrax.AbstractWrappedSolver):
-        solver = cast(diffrax.AbstractWrappedSolver, solver).solver
-        yield solver
+    if issubclass(type(solver), diffrax.AbstractWrappedSolver):
+        yield from layers(cast(diffrax.AbstractWrappedSolver, solver).solver)
 
 
 def has_layer(solver: diffrax.AbstractSolver, cls: type | tuple[type, ...]) -> bool:

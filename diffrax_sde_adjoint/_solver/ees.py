@@ -1,13 +1,10 @@
 """EES(2,5;1/10) and EES(2,7) of Shmelev et al. 2025: explicit Runge-Kutta methods that
 are symmetric up to a high order.
 
-A method is symmetric if a step back undoes a step. No explicit Runge-Kutta method is,
-but some are up to a term of high order in the step, far smaller than their own error.
-Both directions are the same tableau, from one end with the control or from the other
-with its negative.
+A method is symmetric if a step back, of the same tableau, undoes a step. No explicit
+one is, but some are up to a term of high order, far smaller than their own error.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import diffrax
@@ -27,9 +24,7 @@ class _EffectivelySymmetric(
     """What is common to these methods: all but the tableau."""
 
     is_near_exact: ClassVar[bool] = True
-    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
-        diffrax.LocalLinearInterpolation
-    )
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
         return 2
@@ -69,13 +64,14 @@ class _EffectivelySymmetric(
         return y0, dict(y0=y0, y1=y1), solver_state, result
 
 
-_b25 = np.array([1 / 10, 1 / 2, 2 / 5])
-_tableau25 = diffrax.ButcherTableau(
-    c=np.array([1 / 3, 5 / 6]),
-    a_lower=(np.array([1 / 3]), np.array([-5 / 48, 15 / 16])),
-    b_sol=_b25,
-    b_error=_b25 - np.array([1.0, 0.0, 0.0]),
-)
+def _tableau(*a_lower: np.ndarray, b_sol: np.ndarray) -> diffrax.ButcherTableau:
+    """With Euler's method as the embedded one."""
+    return diffrax.ButcherTableau(
+        c=np.array([np.sum(row) for row in a_lower]),
+        a_lower=a_lower,
+        b_sol=b_sol,
+        b_error=b_sol - np.eye(len(b_sol))[0],
+    )
 
 
 class EES25(_EffectivelySymmetric):
@@ -116,57 +112,35 @@ class EES25(_EffectivelySymmetric):
         ```
     """
 
-    tableau: ClassVar[diffrax.ButcherTableau] = _tableau25
+    tableau: ClassVar[diffrax.ButcherTableau] = _tableau(
+        np.array([1 / 3]),
+        np.array([-5 / 48, 15 / 16]),
+        b_sol=np.array([1 / 10, 1 / 2, 2 / 5]),
+    )
 
 
 EES25.__init__.__doc__ = """**Arguments:** None"""
 
 
 _s = np.sqrt(2)
-_a27 = (
-    np.array([2 - _s]) / 3,
-    np.array([(_s - 4) / 24, (4 + _s) / 8]),
-    np.array([(145 * _s - 176) / 168, 3 * (8 - 5 * _s) / 56, 3 * (3 - _s) / 7]),
-)
-_b27 = np.array([5 - 3 * _s, 3 + _s, 6 * _s - 3, 9 - 4 * _s]) / 14
-_tableau27 = diffrax.ButcherTableau(
-    c=np.array([np.sum(row) for row in _a27]),
-    a_lower=_a27,
-    b_sol=_b27,
-    b_error=_b27 - np.array([1.0, 0.0, 0.0, 0.0]),
-)
 
 
 class EES27(_EffectivelySymmetric):
     r"""EES(2,7): second order, four stages, and reversible up to a term of eighth
     order.
 
-    As [`diffrax_sde_adjoint.EES25`][], with one more evaluation of the vector field a
-    step, which makes undoing a step far more exact: it leads back to within $O(h^8)$
-    for an ODE and $O(h^4)$ for an SDE. For $y' = -\lambda y$ it is stable up to
-    $\lambda h = 3.92$. Its own error is smaller too, of the same order.
-
-    Four evaluations of the vector field a step, forwards and backwards, and no state
-    beside the solution. Has an embedded Euler method for adaptive step sizing, and uses
-    linear interpolation for dense output.
-
-    When used to solve SDEs it converges to the Stratonovich solution, with strong order
-    0.5 in general and 1 for commutative noise.
-
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{shmelev2025explicit,
-            author={Shmelev, Daniil and Ebrahimi-Fard, Kurusch and Tapia, Nikolas
-                    and Salvi, Cristopher},
-            title={{E}xplicit and {E}ffectively {S}ymmetric {R}unge-{K}utta {M}ethods},
-            year={2025},
-            journal={arXiv preprint arXiv:2507.21006}
-        }
-        ```
+    As [`diffrax_sde_adjoint.EES25`][], of the same reference, with one more evaluation
+    of the vector field a step, which makes undoing a step far more exact: it leads back
+    to within $O(h^8)$ for an ODE and $O(h^4)$ for an SDE. For $y' = -\lambda y$ it is
+    stable up to $\lambda h = 3.92$. Its own error is smaller too, of the same order.
     """
 
-    tableau: ClassVar[diffrax.ButcherTableau] = _tableau27
+    tableau: ClassVar[diffrax.ButcherTableau] = _tableau(
+        np.array([2 - _s]) / 3,
+        np.array([(_s - 4) / 24, (4 + _s) / 8]),
+        np.array([(145 * _s - 176) / 168, 3 * (8 - 5 * _s) / 56, 3 * (3 - _s) / 7]),
+        b_sol=np.array([5 - 3 * _s, 3 + _s, 6 * _s - 3, 9 - 4 * _s]) / 14,
+    )
 
 
 EES27.__init__.__doc__ = """**Arguments:** None"""

@@ -1,20 +1,14 @@
 """The reversible coupling of two solutions by any one-step solver (McCallum and Foster
 2024).
 
-Let `Psi(terms, t0, t1, y)` be what the solver adds to `y` in a step, and `z` a second
-approximation of the solution. With a coupling `l` in `(0, 1]`, a step is
+With `change(terms, t0, t1, y)` for what the solver adds to `y` in a step, and a
+coupling `c`, each line of a step can be solved for what is at its left end, the second
+one first:
 
-    y1 = l y0 + (1 - l) z0 + Psi(terms, t0, t1, z0)
-    z1 = z0 - Psi(reversed_terms(terms), t1, t0, y1)
-
-Each line can be solved for what is at the left end, first the second and then the
-first:
-
-    z0 = z1 + Psi(reversed_terms(terms), t1, t0, y1)
-    y0 = (y1 - (1 - l) z0 - Psi(terms, t0, t1, z0)) / l
+    y1 = c y0 + (1 - c) z0 + change(terms, t0, t1, z0)
+    z1 = z0 - change(reversed_terms(terms), t1, t0, y1)
 """
 
-from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
 import diffrax
@@ -24,8 +18,12 @@ from jaxtyping import PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y, is_sde
 from .._term.reversed import reversed_terms
-from .base import AbstractReversibleSolver, check_sense, has_layer
-from .forwarding import AbstractForwardingSolver
+from .base import (
+    AbstractForwardingSolver,
+    AbstractReversibleSolver,
+    check_sense,
+    has_layer,
+)
 
 
 _SolverState: TypeAlias = Y
@@ -83,9 +81,7 @@ class Reversible(
 
     solver: diffrax.AbstractSolver
     coupling: float | int = eqx.field(static=True, default=0.999)
-    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
-        diffrax.LocalLinearInterpolation
-    )
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
     def __check_init__(self):
         if not 0 < self.coupling <= 1:
@@ -112,17 +108,17 @@ class Reversible(
     ) -> _SolverState:
         del t0, t1, args
         check_sense(terms, self)
+        if not is_sde(terms):
+            return y0
         name = type(self.solver).__name__
-        if is_sde(terms) and has_layer(self.solver, diffrax.AbstractItoSolver):
+        if has_layer(self.solver, diffrax.AbstractItoSolver):
             raise ValueError(
                 f"`Reversible({name}())` would converge to neither the Itô nor the "
                 "Stratonovich solution, as it makes steps in both directions of time. "
                 "Convert the terms with `diffrax_sde_adjoint.ito_to_stratonovich`, and "
                 "use a solver that converges to the Stratonovich solution."
             )
-        if is_sde(terms) and not has_layer(
-            self.solver, diffrax.AbstractStratonovichSolver
-        ):
+        if not has_layer(self.solver, diffrax.AbstractStratonovichSolver):
             raise ValueError(
                 f"`Reversible({name}())` is not for SDEs, as `{name}` is not marked as "
                 "converging to the Stratonovich solution. Wrap a solver that is, such "
@@ -158,12 +154,8 @@ class Reversible(
         del made_jump
         z0 = solver_state
         change, y_error, result0 = self._change(terms, t0, t1, z0, args)
-        y1 = jtu.tree_map(
-            lambda y, z, dz: self.coupling * y + (1 - self.coupling) * z + dz,
-            y0,
-            z0,
-            change,
-        )
+        couple = lambda y, z, dz: self.coupling * y + (1 - self.coupling) * z + dz
+        y1 = jtu.tree_map(couple, y0, z0, change)
         change, _, result1 = self._change(reversed_terms(terms), t1, t0, y1, args)
         z1 = jtu.tree_map(lambda z, dy: z - dy, z0, change)
         result = diffrax.RESULTS.where(diffrax.is_okay(result0), result1, result0)
@@ -184,12 +176,8 @@ class Reversible(
         change, _, result1 = self._change(reversed_terms(terms), t1, t0, y1, args)
         z0 = jtu.tree_map(lambda z, dy: z + dy, z1, change)
         change, _, result0 = self._change(terms, t0, t1, z0, args)
-        y0 = jtu.tree_map(
-            lambda y, z, dz: (y - (1 - self.coupling) * z - dz) / self.coupling,
-            y1,
-            z0,
-            change,
-        )
+        decouple = lambda y, z, dz: (y - (1 - self.coupling) * z - dz) / self.coupling
+        y0 = jtu.tree_map(decouple, y1, z0, change)
         result = diffrax.RESULTS.where(diffrax.is_okay(result1), result0, result1)
         return y0, dict(y0=y0, y1=y1), z0, result
 

@@ -17,7 +17,6 @@ the left one (their Algorithm 2):
 Each direction costs one evaluation of the vector field.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import diffrax
@@ -77,14 +76,14 @@ def _leapfrog(y: Y, yhat: Y, increment: Y) -> Y:
 def sums_leaf_by_leaf(vf: VF) -> bool:
     """Whether all operators are linear in the arrays they consist of."""
     is_operator = lambda x: isinstance(x, lx.AbstractLinearOperator | _Function)
-    operators = filter(is_operator, jtu.tree_leaves(vf, is_leaf=is_operator))
     linear = (
         lx.DiagonalLinearOperator,
         lx.MatrixLinearOperator,
         lx.PyTreeLinearOperator,
         lx.TridiagonalLinearOperator,
     )
-    return all(isinstance(x, linear) for x in operators)
+    leaves = jtu.tree_leaves(vf, is_leaf=is_operator)
+    return all(isinstance(x, linear) for x in leaves if is_operator(x))
 
 
 def _mean_prod(terms: diffrax.AbstractTerm, vf0: VF, vf1: VF, control: PyTree) -> Y:
@@ -110,8 +109,9 @@ class ReversibleHeun(
     first-order method for adaptive step sizing, which takes one more evaluation where
     steps are adaptive. Uses linear interpolation for dense output.
 
-    When used to solve SDEs it converges to the Stratonovich solution, with strong order
-    0.5 in general and 1 for additive noise.
+    When used to solve SDEs it converges to the *Stratonovich* solution (convert an Itô
+    SDE with [`diffrax_sde_adjoint.ito_to_stratonovich`][]), with strong order 0.5 in
+    general and 1 for additive noise.
 
     This differs from [`diffrax.ReversibleHeun`][] in that:
 
@@ -137,17 +137,13 @@ class ReversibleHeun(
         The method is not stable for contracting dynamics. For $y' = -\lambda y$ it has
         a spurious solution that grows like $e^{\lambda T}$ over a horizon of length
         $T$, whatever the step size, and undoing the steps amplifies rounding errors in
-        the same way. As a rule of thumb, $\lambda T$ should be below 4. Above it,
-        smaller steps help if the drift is linear, and hardly otherwise. Nor is it
+        the same way. As a rule of thumb, $\lambda T$ should be below 4. Nor is it
         stable near roots, such as those of the variance in the Heston and CIR models
-        where this comes close to zero. Where the solution is lost,
-        [`diffrax_sde_adjoint.StochasticAdjoint`][] raises an error; a gradient may be
-        wrong before that. When in doubt, compare with `diffrax.Heun` on the same path,
-        which is also the way out; for an Itô SDE it is `diffrax.Euler`, on the terms as
-        they are.
-
-        The method converges to the *Stratonovich* solution: convert the terms of an Itô
-        SDE with [`diffrax_sde_adjoint.ito_to_stratonovich`][].
+        ([numbers](../which_solver.md#where-reversible-heun-fails)). Where the solution
+        is lost, [`diffrax_sde_adjoint.StochasticAdjoint`][] raises an error; a gradient
+        may be wrong before that. When in doubt, compare with `diffrax.Heun` on the same
+        path, which is also the way out; for an Itô SDE it is `diffrax.Euler`, on the
+        terms as they are.
 
     ??? cite "Reference"
 
@@ -162,9 +158,7 @@ class ReversibleHeun(
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm
-    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
-        diffrax.LocalLinearInterpolation
-    )
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
     def order(self, terms: diffrax.AbstractTerm) -> int:
         return 2
@@ -196,11 +190,8 @@ class ReversibleHeun(
     ) -> tuple[Y, Y, DenseInfo, _SolverState, diffrax.RESULTS]:
         yhat0, carried0 = solver_state
         if made_jump is not False:
-            carried0 = lax.cond(
-                made_jump,
-                lambda: carried(terms.vf(t0, yhat0, args)),
-                lambda: carried0,
-            )
+            after_jump = lambda: carried(terms.vf(t0, yhat0, args))
+            carried0 = lax.cond(made_jump, after_jump, lambda: carried0)
         vf0 = _complete(carried0, terms, t0, yhat0, args)
 
         control = terms.contr(t0, t1)
@@ -236,20 +227,16 @@ class ReversibleHeun(
         increment = jtu.tree_map(lambda x: -x, terms.prod(vf1, control))
         yhat0 = _leapfrog(y1, yhat1, increment)
         vf0 = terms.vf(t0, yhat0, args)
-        y0 = jtu.tree_map(
-            lambda y, dy: y - dy, y1, _mean_prod(terms, vf0, vf1, control)
-        )
+        increment = _mean_prod(terms, vf0, vf1, control)
+        y0 = jtu.tree_map(lambda y, dy: y - dy, y1, increment)
         carried0 = carried(vf0)
         if made_jump is not False:
             # The step evaluated the vector field on the right of the jump. That of its
             # state is on the left: diffrax steps from the last number before a jump to
             # the first one after.
             left = prevbefore(prevbefore(t0))
-            carried0 = lax.cond(
-                made_jump,
-                lambda: carried(terms.vf(left, yhat0, args)),
-                lambda: carried0,
-            )
+            before_jump = lambda: carried(terms.vf(left, yhat0, args))
+            carried0 = lax.cond(made_jump, before_jump, lambda: carried0)
         dense_info = dict(y0=y0, y1=y1)
         return y0, dense_info, (yhat0, carried0), diffrax.RESULTS.successful
 

@@ -1,17 +1,21 @@
-"""The loops over the stages of diffrax's Runge-Kutta solvers.
+"""diffrax's Runge-Kutta methods, with other loops over their stages, or with none.
 
 Such a loop can be one of several kinds, which differ in the derivatives that it has. By
 default it has one in reverse mode only, by a rule of its own.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import diffrax
+import jax
 import jax.tree_util as jtu
+import numpy as np
 
-from .._compat import with_scan_kind
-from .unrolled_srk import SeparateStages
+from .._compat import Args, DenseInfo, RealScalarLike, Y, with_scan_kind
+from .._misc import zeros_like
+from .base import AbstractForwardingSolver, layers
 
 
 _Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
@@ -20,33 +24,135 @@ _Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
 def in_forward_mode(solver: _Solver) -> _Solver:
     """`solver`, with loops that have a derivative in forward mode."""
     kinds = {None: "lax", "checkpointed": "lax"}
-    is_one = lambda cls: issubclass(
-        cls, (diffrax.AbstractRungeKutta, diffrax.AbstractSRK)
-    )
-    return _replace(solver, is_one, lambda x: with_scan_kind(x, kinds))
+    classes = (diffrax.AbstractRungeKutta, diffrax.AbstractSRK)
+    return _replace(solver, classes, lambda x: with_scan_kind(x, kinds))
 
 
 def summed_over_batches(solver: _Solver) -> _Solver:
     """`solver`, with loops whose gradient may be summed over a batch: by default, it
     would be found for each element.
     """
-    is_one = lambda cls: issubclass(cls, diffrax.AbstractRungeKutta)
-    return _replace(solver, is_one, lambda x: with_scan_kind(x, {None: "bounded"}))
+    change = lambda x: with_scan_kind(x, {None: "bounded"})
+    return _replace(solver, diffrax.AbstractRungeKutta, change)
 
 
 def without_loops(solver: _Solver) -> _Solver:
     """`solver`, with the stages of stochastic Runge-Kutta methods written out."""
-    is_one = lambda cls: (
-        issubclass(cls, diffrax.AbstractSRK) and cls.step is diffrax.AbstractSRK.step
-    )
-    return _replace(solver, is_one, SeparateStages)
+    has_own_step = lambda x: type(x).step is not diffrax.AbstractSRK.step
+    change = lambda x: x if has_own_step(x) else SeparateStages(x)
+    return _replace(solver, diffrax.AbstractSRK, change)
 
 
-def _replace(
-    solver: Any, is_one: Callable[[type], bool], fn: Callable[[Any], Any]
-) -> Any:
+def _replace(solver: Any, cls: Any, fn: Callable[[Any], Any]) -> Any:
     # Of the type, and not `isinstance`, which looks through wrappers such as
     # `diffrax.HalfSolver`: it is the solver inside that is replaced.
-    is_leaf = lambda x: is_one(type(x))
+    is_leaf = lambda x: issubclass(type(x), cls)
     replace = lambda x: fn(x) if is_leaf(x) else x
     return jtu.tree_map(replace, solver, is_leaf=is_leaf)
+
+
+class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+    """A method of diffrax's, with stages that are arrays of their own. In diffrax's
+    loop they are the rows of one array. That loop has a derivative by a rule of its
+    own, which cannot be summed over a batch; and the array is soon too large for the
+    fast way in which XLA runs loops on a CPU: see `docs/how_it_works/small_loops.md`.
+    """
+
+    solver: diffrax.AbstractSRK
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.solver.interpolation_cls
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.solver.init(terms, t0, t1, y0, args)
+
+    def step(
+        self,
+        terms: diffrax.MultiTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: None,
+        made_jump: Any,
+    ) -> tuple[Y, Y | None, DenseInfo, None, diffrax.RESULTS]:
+        tableau = self.solver.tableau
+        drift, diffusion = terms.terms
+        h = t1 - t0
+        path = cast(Any, diffusion.contr(t0, t1, use_levy=True))
+        known = dict(W=tableau.coeffs_w, H=tableau.coeffs_hh, K=tableau.coeffs_kk)
+        # Of each noise that moves the state.
+        coeffs = [x for x in known.values() if x is not None]
+        noises = [getattr(path, name) for name, x in known.items() if x is not None]
+        is_additive = tableau.is_additive_noise()
+        if is_additive:
+            # That of the start stands for all stages.
+            g0 = diffusion.vf(t0, y0, args)
+            kicks = [[diffusion.prod(g0, noise)] for noise in noises]
+        else:
+            g0 = None
+            kicks = [[] for _ in noises]
+        drifts = []
+        row = lambda a, j: a[j - 1] if j > 0 else ()
+        for j, c in enumerate([0, *tableau.c]):
+            t = t0 + float(c) * h
+            z = _add(y0, [(row(tableau.a, j), drifts)])
+            rows = [x.a[j : j + 1] if is_additive else row(x.a, j) for x in coeffs]
+            z = _add(z, zip(rows, kicks, strict=True))
+            if _is_ignored(tableau.ignore_stage_f, j):
+                drifts.append(None)
+            else:
+                drifts.append(drift.vf_prod(t, z, args, h))
+            if is_additive:
+                continue
+            for noise, kick in zip(noises, kicks, strict=True):
+                if _is_ignored(tableau.ignore_stage_g, j):
+                    kick.append(None)
+                    continue
+                # As in diffrax: the state may be complex, and noise is real.
+                with jax.numpy_dtype_promotion("standard"):
+                    kick.append(diffusion.vf_prod(t, z, args, noise))
+
+        y1 = _add(y0, [(tableau.b_sol, drifts)])
+        ends = [np.atleast_1d(x.b_sol) for x in coeffs]
+        y1 = _add(y1, zip(ends, kicks, strict=True))
+        if is_additive:
+            # It may depend on time.
+            g1 = diffusion.vf(t1, y0, args)
+            change = jtu.tree_map(lambda a, b: 0.5 * (b - a), g0, g1)
+            noise = path.W
+            if tableau.coeffs_hh is not None:
+                noise = jtu.tree_map(lambda w, h: w - 2 * h, path.W, path.H)
+            y1 = _add(y1, [((1,), [diffusion.prod(change, noise)])])
+        y_error = None
+        if tableau.b_error is not None:
+            y_error = _add(zeros_like(y0), [(tableau.b_error, drifts)])
+            if not is_additive:
+                ends = [x.b_error for x in coeffs]
+                y_error = _add(y_error, zip(ends, kicks, strict=True))
+        return y1, y_error, dict(y0=y0, y1=y1), None, diffrax.RESULTS.successful
+
+
+def is_for_additive_noise(solver: diffrax.AbstractSolver) -> bool:
+    """Whether the solver, or one that it wraps, is one of these, and for a diffusion
+    only that does not depend on the state.
+    """
+    methods = [x for x in layers(solver) if issubclass(type(x), diffrax.AbstractSRK)]
+    return any(cast(Any, x).tableau.is_additive_noise() for x in methods)
+
+
+def _is_ignored(stages: Any, j: int) -> bool:
+    return stages is not None and bool(stages[j])
+
+
+def _add(y: Y, sums: Iterable[tuple[Any, Sequence[Y | None]]]) -> Y:
+    """`y` and weighted sums, in which `None` is zero."""
+    total = None
+    for weights, xs in sums:
+        for weight, x in zip(weights, xs, strict=True):
+            if x is None or weight == 0:
+                continue
+            x = jtu.tree_map(lambda x, w=float(weight): w * x, x)
+            total = x if total is None else jtu.tree_map(operator.add, total, x)
+    return y if total is None else jtu.tree_map(operator.add, y, total)

@@ -11,7 +11,7 @@ import diffrax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._compat import Args, RealScalarLike, Y, contr_kwargs
+from .._compat import Args, RealScalarLike, Y
 from .base import AbstractForwardingTerm, is_single_term
 
 
@@ -47,7 +47,7 @@ def evaluate_controls(
     """
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     is_kwargs = lambda x: isinstance(x, dict)
-    kwargs = jtu.tree_leaves(contr_kwargs(solver), is_leaf=is_kwargs)
+    kwargs = jtu.tree_leaves(solver.term_compatible_contr_kwargs, is_leaf=is_kwargs)
     if len(kwargs) != len(leaves):
         # The solver does not look into a `MultiTerm`.
         kwargs = [{} for _ in leaves]
