@@ -1,11 +1,10 @@
 """Everything that this package takes from diffrax, equinox and JAX that is private to
-them, or not documented.
+them, or not documented. Nothing else in the package reaches behind a public name.
 
-Nothing else in the package reaches behind a public name, so this file is the one to
-read when a new release of any of them breaks something. Each name says what it is
-needed for; `tests/test_compat.py` checks what is assumed about each.
-
-Only the fields of the classes that are named here are used elsewhere, as they are.
+Each name says what it is needed for; `tests/test_compat.py` checks what is assumed
+about each. Only the fields of the classes that are named here are used elsewhere, as
+they are, and `term_compatible_contr_kwargs` of a solver: what it passes to the `contr`
+of each of its terms, besides times, by which `diffeqsolve` asks for Lévy areas.
 """
 
 import inspect
@@ -20,8 +19,7 @@ import jax.core
 import jax.extend as jex
 import numpy as np
 
-# The annotations of diffrax's own interfaces. Methods that implement an interface of
-# diffrax have to accept just what diffrax's accept, and none of these names is public.
+# The annotations of diffrax's interfaces, for methods that implement one.
 from diffrax._custom_types import (
     Args as Args,
     BoolScalarLike as BoolScalarLike,
@@ -32,15 +30,13 @@ from diffrax._custom_types import (
 )
 
 # Whether the terms hold a Brownian path, by which diffrax too decides that a solver has
-# to be one for SDEs; and whether this is an `UnsafeBrownianPath`, whose noise differs
-# from one call to the next at equal times up to rounding: the sweep would see another
-# path.
+# to be one for SDEs; and whether this is an `UnsafeBrownianPath`, whose noise is not
+# the same again at times that differ by rounding.
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 
-# The state of diffrax's integration loop, and of what it saves. The saved outputs are
-# where the cotangents of a solve arrive, and counters say how many steps were made and
-# saved. And the function in which `diffeqsolve` asks each term for a control, and
-# compares it with what the solver expects, see `control_of_solver`.
+# The state of diffrax's integration loop, and of what it saves: where the cotangents of
+# a solve arrive, and how many steps were made and saved. And the function in which
+# `diffeqsolve` checks the control of each term, see `control_of_solver`.
 from diffrax._integrate import (
     SaveState as SaveState,
     State as State,
@@ -57,11 +53,11 @@ from diffrax._term import WrapTerm as WrapTerm
 from equinox._errors import _EquinoxRuntimeError as _EquinoxRuntimeError
 
 # `nondifferentiable` and `nondifferentiable_backward` turn a derivative that would be
-# wrong into an error that names its cause; `while_loop` is the loop that diffrax's
-# integration takes as an argument, and the only one that writes buffers in place;
-# `prevbefore` is the step between floating-point numbers that diffrax's controllers
-# leave at a jump; `unvmap_any` is whether something is true for any element of a batch,
-# as a scalar that is not batched.
+# wrong into an error that names its cause; `prevbefore` is the step between
+# floating-point numbers that diffrax's controllers leave at a jump; `unvmap_any` is
+# whether something is true for any element of a batch, as a scalar that is not batched;
+# `while_loop` is what diffrax's integration takes as an argument, and the only loop
+# that writes buffers in place.
 from equinox.internal import (
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
@@ -70,9 +66,9 @@ from equinox.internal import (
     while_loop as while_loop,
 )
 
-# The tables in which JAX looks up the rules of a primitive, see `register_primitive`.
+# The tables in which JAX looks up the rules of a primitive, see `make_primitive`.
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import ArrayLike
 
 
 _Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
@@ -89,7 +85,6 @@ def integration_loop(
     adjoint: diffrax.AbstractAdjoint, **kwargs: Any
 ) -> tuple[State, Any]:
     """diffrax's loop over the steps of a solve, with the loops that it is given."""
-    # diffrax's own adjoints call it by this name. It is not to be imported.
     return adjoint._loop(**kwargs)
 
 
@@ -99,43 +94,40 @@ def direction_of(term: WrapTerm) -> IntScalarLike:
     return term.direction
 
 
-def contr_kwargs(solver: diffrax.AbstractSolver) -> PyTree[dict[str, Any]]:
-    """What the solver passes to the `contr` of each of its terms, besides times."""
-    # It is how `diffeqsolve` knows which terms are asked for Lévy areas.
-    return solver.term_compatible_contr_kwargs
-
-
 def with_scan_kind(solver: _Solver, kinds: Mapping[str | None, str]) -> _Solver:
     """A Runge-Kutta method, with the loop over its stages of the kind that `kinds` has
-    for the one that it is of.
+    for the one that it is of, as diffrax's own adjoints set it.
     """
-    # diffrax's own adjoints set it, but it is left out of its documentation.
     kind = kinds.get(solver.scan_kind, solver.scan_kind)  # pyright: ignore[reportAttributeAccessIssue]
     return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
 
 
-def register_primitive(
-    primitive: jex.core.Primitive,
+def make_primitive(
+    name: str,
     *,
+    multiple_results: bool = True,
     impl: Callable,
     abstract_eval: Callable,
     batch: Callable,
     jvp: Callable | None = None,
     transpose: Callable | None = None,
-) -> None:
-    """Gives a primitive its rules. One that has no `jvp` is linear, and has a
+) -> jex.core.Primitive:
+    """A primitive with its rules. One that has no `jvp` is linear, and has a
     `transpose`.
     """
-    # `jax.extend` makes primitives, but has no way to give them these.
+    # `jax.extend` makes primitives, but has no way to give them rules.
+    primitive = jex.core.Primitive(name)
+    primitive.multiple_results = multiple_results
     primitive.def_impl(impl)
     primitive.def_abstract_eval(abstract_eval)
-    lowering = mlir.lower_fun(impl, multiple_results=primitive.multiple_results)
+    lowering = mlir.lower_fun(impl, multiple_results=multiple_results)
     mlir.register_lowering(primitive, lowering)
     batching.primitive_batchers[primitive] = batch
     if jvp is None:
         ad.deflinear2(primitive, transpose)
     else:
         ad.primitive_jvps[primitive] = jvp
+    return primitive
 
 
 def symbolic_zero(x: ArrayLike) -> ad.Zero:

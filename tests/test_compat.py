@@ -15,7 +15,6 @@ from pathlib import Path
 import diffrax
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -306,7 +305,7 @@ def test_contr_kwargs():
         (diffrax.HalfSolver(diffrax.SPaRK()), [{}, {"use_levy": True}]),
         (diffrax.Euler(), [{}]),
     ):
-        kwargs = compat.contr_kwargs(solver)
+        kwargs = solver.term_compatible_contr_kwargs
         is_leaf = lambda x: isinstance(x, dict)
         assert jax.tree_util.tree_leaves(kwargs, is_leaf=is_leaf) == expected, (
             "diffrax's `AbstractSolver.term_compatible_contr_kwargs` is no longer what "
@@ -360,9 +359,9 @@ def test_callback_log():
 
 
 def make_primitive(**rules):
-    primitive = jex.core.Primitive("scale")
-    compat.register_primitive(
-        primitive,
+    primitive = compat.make_primitive(
+        "scale",
+        multiple_results=False,
         impl=lambda x, *, by: by * x,
         abstract_eval=lambda x, *, by: x,
         batch=lambda xs, dims, *, by: (primitive.bind(*xs, by=by), dims[0]),
@@ -371,7 +370,7 @@ def make_primitive(**rules):
     return lambda x: primitive.bind(x, by=2.0)
 
 
-def test_register_primitive():
+def test_make_primitive():
     def jvp(primals, tangents, *, by):
         (x,), (t,) = primals, tangents
         return by * x, 7 * t
@@ -403,15 +402,13 @@ def test_register_primitive():
 def test_symbolic_zero():
     """A rule is told of tangents that are zero, and may say that one is."""
     found = []
-    primitive = jex.core.Primitive("first")
-    primitive.multiple_results = True
 
     def jvp(primals, tangents):
         found.append([compat.is_symbolic_zero(t) for t in tangents])
         return list(primals), [compat.symbolic_zero(x) for x in primals]
 
-    compat.register_primitive(
-        primitive,
+    primitive = compat.make_primitive(
+        "first",
         impl=lambda *x: list(x),
         abstract_eval=lambda *x: list(x),
         batch=lambda xs, dims: (primitive.bind(*xs), dims),

@@ -104,18 +104,12 @@ def _summed_vjp(fn, num_axes):
     @product.def_vmap
     def rule(axis_size, in_batched, shared, own, others, cotangents):
         shared_batched, own_batched, _, cotangents_batched = in_batched
-        broadcast = lambda x, batched: jtu.tree_map(
-            lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape)),
-            x,
-            batched,
-        )
+        spread = lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape))
+        own = jtu.tree_map(spread, own, own_batched)
+        cotangents = jtu.tree_map(spread, cotangents, cotangents_batched)
         is_batched, treedef = jtu.tree_flatten(in_batched)
-        grads = batched_product(axis_size, treedef, tuple(is_batched))(
-            shared,
-            broadcast(own, own_batched),
-            others,
-            broadcast(cotangents, cotangents_batched),
-        )
+        of_batch = batched_product(axis_size, treedef, tuple(is_batched))
+        grads = of_batch(shared, own, others, cotangents)
         return grads, (shared_batched, jtu.tree_map(lambda _: True, own_batched))
 
     return product

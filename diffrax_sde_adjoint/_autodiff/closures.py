@@ -25,9 +25,7 @@ class Hoisted(eqx.Module):
         closed_jaxpr = jex.core.ClosedJaxpr(self.jaxpr, self.closure)
         out = jex.core.jaxpr_as_fun(closed_jaxpr)(*arrays)
         dynamic, static = self.out_struct
-        leaves, treedef = jtu.tree_flatten(dynamic)
-        assert len(leaves) == len(out)
-        return eqx.combine(jtu.tree_unflatten(treedef, out), static)
+        return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(dynamic), out), static)
 
 
 def hoist(fn: Callable, *args: Any) -> Hoisted:

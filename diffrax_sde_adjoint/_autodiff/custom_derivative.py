@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import is_symbolic_zero, register_primitive, symbolic_zero
+from .._compat import is_symbolic_zero, make_primitive, symbolic_zero
 from .batched_vjp import Axes, any_of
 
 
@@ -99,27 +98,19 @@ def detach(tree: _T) -> _T:
     return eqx.combine(jtu.tree_unflatten(treedef, _detach_p.bind(*leaves)), others)
 
 
-_detach_p = jex.core.Primitive("detach")
-_detach_p.multiple_results = True
-
-
 def _detach_jvp(primals, tangents):
     del tangents
     # Not bound again: an outer differentiation does not see that these were detached.
     return list(primals), [symbolic_zero(x) for x in primals]
 
 
-register_primitive(
-    _detach_p,
+_detach_p = make_primitive(
+    "detach",
     impl=lambda *leaves: list(leaves),
     abstract_eval=lambda *leaves: list(leaves),
     batch=lambda leaves, dims: (_detach_p.bind(*leaves), dims),
     jvp=_detach_jvp,
 )
-
-
-_with_derivative_p = jex.core.Primitive("with_derivative")
-_with_derivative_p.multiple_results = True
 
 
 def _impl(*leaves, call, axes):
@@ -152,9 +143,7 @@ def _jvp(primals, tangents, *, call, axes):
     if any(t is not None for t in tangents_of_outputs):
         # This is an outer differentiation, in which the outputs were not detached, of
         # an inner one that did not come here: they have their derivative.
-        return _finish_jvp(
-            primals[len(primals) - call.num_outputs :], tangents_of_outputs
-        )
+        return _finish_jvp(_impl(*primals, call=call, axes=axes), tangents_of_outputs)
     tangents = [
         None if t is None else _in_reverse_p.bind(t, msg=call.no_forward_mode)
         for t in tangents
@@ -175,22 +164,20 @@ def _finish_jvp(out, tangent_out):
     ]
 
 
-register_primitive(
-    _with_derivative_p, impl=_impl, abstract_eval=_impl, batch=_batch, jvp=_jvp
+_with_derivative_p = make_primitive(
+    "with_derivative", impl=_impl, abstract_eval=_impl, batch=_batch, jvp=_jvp
 )
-
-
-# The identity, on the tangents of what has a rule in reverse mode only. There it is
-# transposed, and neither evaluated nor batched.
-_in_reverse_p = jex.core.Primitive("in_reverse")
 
 
 def _refuse(*_, msg):
     raise ValueError(msg)
 
 
-register_primitive(
-    _in_reverse_p,
+# The identity, on the tangents of what has a rule in reverse mode only. There it is
+# transposed, and neither evaluated nor batched.
+_in_reverse_p = make_primitive(
+    "in_reverse",
+    multiple_results=False,
     impl=_refuse,
     abstract_eval=lambda tangent, *, msg: tangent,
     batch=_refuse,
@@ -214,7 +201,9 @@ def _differentiable_fwd(perturbed, arrays, *, call, axes):
 def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
     # Of what is not an array, nothing is.
     perturbed = eqx.combine(perturbed, jtu.tree_map(lambda _: False, call.static))[:2]
-    grad_outputs = jtu.tree_map(_materialise_zeros, arrays[-1], grad_outputs)
+    inexact = eqx.filter(arrays[-1], eqx.is_inexact_array)
+    materialise = lambda x, grad: jnp.zeros_like(x) if grad is None else grad
+    grad_outputs = jtu.tree_map(materialise, inexact, grad_outputs)
     names = tuple(object() for _ in axes)
     is_batched = [
         jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
@@ -253,9 +242,3 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
         )
     none = jtu.tree_map(lambda _: None, arrays[2:])
     return *rule(jtu.tree_leaves(arrays), grad_outputs), *none
-
-
-def _materialise_zeros(x: Any, grad: Array | None) -> Array | None:
-    if not eqx.is_inexact_array(x):
-        return None
-    return jnp.zeros_like(x) if grad is None else grad
