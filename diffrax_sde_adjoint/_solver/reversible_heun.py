@@ -120,7 +120,8 @@ class ReversibleHeun(
     2. Vector fields may be any lineax operators, also those that are not linear in the
         arrays they consist of, such as products: for these, diffrax's adds the wrong
         thing. And they may be functions, which diffrax's cannot carry from one step to
-        the next.
+        the next. (For an event or dense output, `diffeqsolve` looks at a step before an
+        adjoint could replace diffrax's: pass this solver.)
     3. After a jump in the vector field it evaluates the vector field anew at $\hat y$,
         not at $y$: the latter could not be undone.
     4. A product of a vector field and a control that has not the structure of the

@@ -273,21 +273,41 @@ def test_operators_that_do_not_add_leaf_by_leaf(name, adjoint):
     assert relative_error(solve(operator), expected) < 1e-13
 
 
+def solve_with_function(solver, **kwargs):
+    path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.05)
+    terms = make_terms(
+        lambda t, y, args: -y, lambda t, y, args: operators["function"](y), path
+    )
+    return diffrax.diffeqsolve(
+        terms,
+        solver,
+        0.0,
+        1.0,
+        0.05,
+        jnp.array([0.6, -0.3]),
+        adjoint=StochasticAdjoint(),
+        **kwargs,
+    ).ys
+
+
 def test_functions_in_diffrax_reversible_heun():
     """Which `StochasticAdjoint` replaces by ours, state and all."""
-    path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.05)
-    solve = lambda solver: (
-        diffrax.diffeqsolve(
-            make_terms(
-                lambda t, y, args: -y, lambda t, y, args: operators["function"](y), path
-            ),
-            solver,
-            0.0,
-            1.0,
-            0.05,
-            jnp.array([0.6, -0.3]),
-            adjoint=StochasticAdjoint(),
-        ).ys
-    )
-    expected = solve(ReversibleHeun())
-    np.testing.assert_array_equal(solve(diffrax.ReversibleHeun()), expected)
+    expected = solve_with_function(ReversibleHeun())
+    actual = solve_with_function(diffrax.ReversibleHeun())
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    (
+        {"event": diffrax.Event(lambda t, y, args, **kwargs: y[0] < 0)},
+        {"saveat": diffrax.SaveAt(t1=True, dense=True)},
+    ),
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_functions_where_diffrax_looks_at_a_step(kwargs):
+    """It does so before it calls an adjoint, so that its own solver is an error."""
+    solve = lambda solver: jax.eval_shape(lambda: solve_with_function(solver, **kwargs))
+    assert solve(ReversibleHeun()).shape == (1, 2)
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        solve(diffrax.ReversibleHeun())
