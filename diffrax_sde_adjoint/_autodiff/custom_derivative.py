@@ -144,10 +144,8 @@ def _jvp(primals, tangents, *, call, axes):
         # This is an outer differentiation, in which the outputs were not detached, of
         # an inner one that did not come here: they have their derivative.
         return _finish_jvp(_impl(*primals, call=call, axes=axes), tangents_of_outputs)
-    tangents = [
-        None if t is None else _in_reverse_p.bind(t, msg=call.no_forward_mode)
-        for t in tangents
-    ]
+    bind = lambda t: _in_reverse_p.bind(t, msg=call.no_forward_mode)
+    tangents = jtu.tree_map(bind, tangents)
     out, tangent_out = eqx.filter_jvp(
         lambda *arrays: _differentiable(arrays, call=call, axes=axes),
         call.arrays(primals),

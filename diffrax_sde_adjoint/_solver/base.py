@@ -151,9 +151,7 @@ def check_sense(
     name = type(solver).__name__
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
     is_stratonovich = has_layer(solver, diffrax.AbstractStratonovichSolver)
-    for drift in jtu.tree_leaves(terms, is_leaf=is_converted):
-        if not is_converted(drift):
-            continue
+    for drift in filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted)):
         if drift.sense == "ito" and is_stratonovich and not is_ito:
             raise ValueError(
                 "These terms come from `stratonovich_to_ito`, and are for a solver "

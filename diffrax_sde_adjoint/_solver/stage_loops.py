@@ -86,13 +86,9 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         coeffs = [x for x in known.values() if x is not None]
         noises = [getattr(path, name) for name, x in known.items() if x is not None]
         is_additive = tableau.is_additive_noise()
-        if is_additive:
-            # That of the start stands for all stages.
-            g0 = diffusion.vf(t0, y0, args)
-            kicks = [[diffusion.prod(g0, noise)] for noise in noises]
-        else:
-            g0 = None
-            kicks = [[] for _ in noises]
+        # If it is additive, that of the start stands for all stages.
+        g0 = diffusion.vf(t0, y0, args) if is_additive else None
+        kicks = [[diffusion.prod(g0, noise)] if is_additive else [] for noise in noises]
         drifts = []
         row = lambda a, j: a[j - 1] if j > 0 else ()
         for j, c in enumerate([0, *tableau.c]):
@@ -100,10 +96,8 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
             z = _add(y0, [(row(tableau.a, j), drifts)])
             rows = [x.a[j : j + 1] if is_additive else row(x.a, j) for x in coeffs]
             z = _add(z, zip(rows, kicks, strict=True))
-            if _is_ignored(tableau.ignore_stage_f, j):
-                drifts.append(None)
-            else:
-                drifts.append(drift.vf_prod(t, z, args, h))
+            is_ignored = _is_ignored(tableau.ignore_stage_f, j)
+            drifts.append(None if is_ignored else drift.vf_prod(t, z, args, h))
             if is_additive:
                 continue
             for noise, kick in zip(noises, kicks, strict=True):
