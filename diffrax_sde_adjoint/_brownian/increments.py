@@ -91,19 +91,16 @@ class Increment(eqx.Module):
 
 
 def sample(
-    key: Key[Array, ""],
-    dt: Float[Array, ""],
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
+    key: Key[Array, ""], dt: Float[Array, ""], like: PyTree[jax.ShapeDtypeStruct]
 ) -> Increment:
     """An interval of length `dt`, of which nothing else is known."""
 
     def scale(z):
         z = at_least_single(z)
-        std = jnp.sqrt(dt) * jnp.asarray(stds[:num], dt.dtype)
+        std = jnp.sqrt(dt) * jnp.asarray(stds[: len(z)], dt.dtype)
         return z * std.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype)
 
-    return Increment(dt, jtu.tree_map(scale, draw(key, shape, num)))
+    return Increment(dt, jtu.tree_map(scale, draw(key, like)))
 
 
 def join(left: Increment, right: Increment) -> Increment:

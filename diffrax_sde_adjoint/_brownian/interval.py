@@ -18,18 +18,10 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import (
-    Array,
-    ArrayLike,
-    Float,
-    Key,
-    PRNGKeyArray,
-    PyTree,
-)
+from jaxtyping import Array, ArrayLike, Float, Key, PRNGKeyArray, PyTree
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._misc import error_with_values_if
@@ -46,7 +38,14 @@ from .arguments import (
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
 from .draws import at_least_single
 from .increments import Increment
-from .query import any_query, draw_cell, run_if
+from .query import Source, any_query, draw_cell, run_if
+
+
+_LevyArea = type[
+    diffrax.BrownianIncrement
+    | diffrax.SpaceTimeLevyArea
+    | diffrax.SpaceTimeTimeLevyArea
+]
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
@@ -170,11 +169,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
-    levy_area: type[
-        diffrax.BrownianIncrement
-        | diffrax.SpaceTimeLevyArea
-        | diffrax.SpaceTimeTimeLevyArea
-    ] = eqx.field(static=True)
+    levy_area: _LevyArea = eqx.field(static=True)
     key: Key[Array, ""]
     levels: int = eqx.field(static=True)
     _cells: AbstractCells
@@ -191,11 +186,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         *,
         dt: RealScalarLike | None = None,
         ts: ArrayLike | Sequence[RealScalarLike] | None = None,
-        levy_area: type[
-            diffrax.BrownianIncrement
-            | diffrax.SpaceTimeLevyArea
-            | diffrax.SpaceTimeTimeLevyArea
-        ] = diffrax.BrownianIncrement,
+        levy_area: _LevyArea = diffrax.BrownianIncrement,
         levels: int | None = None,
         tol: Any = None,
     ):
@@ -284,10 +275,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         self, t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
     ) -> diffrax.AbstractBrownianIncrement:
         t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
-        cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
+        source = self._source
+        cells = source.cells
+        start, end = lax.stop_gradient((self.t0, self.t1))
         # Below the length of a cell, such that no time is two edges.
         tol = jnp.minimum(tolerance(start, end, dtypes), 0.25 * cells.shortest)
-
         cell = cells.cell_from(t0, tol)
 
         def evaluate(drawn):
@@ -302,17 +294,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             if drawn is not None:
                 # Recomputed, so that the loop does not carry it.
                 drawn = Increment(at_least_single(cells.length(cell)), drawn.components)
-            return any_query(
-                self.key,
-                cells,
-                cell,
-                drawn,
-                ts,
-                tol,
-                self.levels,
-                self.shape,
-                self._num,
-            )
+            return any_query(source, cell, drawn, ts, tol)
 
         if isinstance(cells, OneCell):
             return self._to_diffrax(evaluate(None))
@@ -322,12 +304,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         # In a batch, these are the steps of an element that is at its end.
         is_empty = (t0 == t1) & (start - tol <= t0) & (t0 <= end + tol)
         dt = jnp.where(is_empty, 0, cells.length(cell))
-        drawn = draw_cell(self.key, dt, cell, self.shape, self._num)
+        drawn = draw_cell(source, cell, dt)
         return self._to_diffrax(run_if(~(is_cell | is_empty), evaluate, drawn))
 
     @property
-    def _num(self) -> int:
-        return num_components[self.levy_area]
+    def _source(self) -> Source:
+        num = num_components[self.levy_area]
+        stack = lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype)
+        like = jtu.tree_map(stack, self.shape)
+        return Source(self.key, lax.stop_gradient(self._cells), self.levels, like, num)
 
     def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
         # A complex path has real lengths.
@@ -336,7 +321,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         component = lambda i: jtu.tree_map(
             lambda x, y: x[i].astype(y.dtype), inc.components, self.shape
         )
-        return self.levy_area(dt, *map(component, range(self._num)))
+        num = num_components[self.levy_area]
+        return self.levy_area(dt, *map(component, range(num)))
 
 
 BrownianInterval.__init__.__doc__ = """**Arguments:**

@@ -104,11 +104,6 @@ def interval_between(ends: Point, levels: int) -> Int[Array, ""]:
     return jnp.where(jnp.all(is_edge) & is_interval, interval, 0)
 
 
-def depth(interval: Int[Array, ""]) -> Int[Array, ""]:
-    """How often a cell is halved to get to an interval."""
-    return 31 - lax.clz(interval)
-
-
 def where(pred: Bool[ArrayLike, "..."], x: Point, y: Point) -> Point:
     return Point(jnp.where(pred, x.leaf, y.leaf), jnp.where(pred, x.place, y.place))
 
