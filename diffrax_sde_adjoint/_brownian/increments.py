@@ -14,40 +14,25 @@ its *components*.
 **Embed**: what a part contributes to the whole. If the part has its midpoint at
 `y + 1/2` and width `w`, in units of the whole, then position `x'` in the part is
 `x = y + 1/2 + w (x' - 1/2)` in the whole. Written in `x'`, the kernels of the whole are
-combinations of those of the part:
-
-    W += W'
-    H += w H' - y W'
-    K += w^2 K' - w y H' + (y^2 + (w^2 - 1) / 12) / 2 W'
-
-**Join**: the components of two adjacent intervals together are what each contributes.
+combinations of those of the part. Two adjacent intervals *join* as what each of them
+contributes.
 
 **Restrict**: the mean of a part, given the whole. Given `W`, `H` and `K`, white noise
 has the mean `W + 12 H (1/2 - x) + 720 K (1/12 - x (1 - x) / 2)`, as the squared norms
-of the kernels are 1, 1/12 and 1/720. The components of this polynomial over a part are
-
-    W' = w (W - 12 y H + (360 y^2 + 30 (w^2 - 1)) K)
-    H' = w^2 (H - 60 y K)
-    K' = w^3 K
+of the kernels are 1, 1/12 and 1/720. What is returned are the components of this
+polynomial over the part.
 
 **Split**: the components of the halves of an interval are these means, plus what is not
 known from the whole. This has as many dimensions as there are components, so is made of
 as many independent normal numbers; reflecting the interval maps each of them to itself
 up to sign, which nearly determines them (`halves`). For `[W, H]` this is Theorem 6.1.6
-of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024). Splitting
-without end expands white noise in an orthonormal basis of piecewise polynomials: Haar's
-for `[W]`, the multiwavelets of Alpert (1993) for the others.
+of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024), both
+cited at `BrownianInterval`. Splitting without end expands white noise in an orthonormal
+basis of piecewise polynomials: Haar's for `[W]`, for the others the multiwavelets of
+Alpert (A class of bases in L2 for the sparse representation of integral operators, SIAM
+Journal on Mathematical Analysis 24, 1993).
 
 The split at a point other than the midpoint is in `leaf_bridge.py`.
-
-References:
-
-- James Foster, Numerical approximations for stochastic differential equations, PhD
-    thesis, University of Oxford, 2020.
-- Andraž Jelinčić, James Foster and Patrick Kidger, Single-seed generation of Brownian
-    paths and integrals for adaptive and high order SDE solvers, 2024, arXiv:2405.06464.
-- Bradley K. Alpert, A class of bases in L2 for the sparse representation of integral
-    operators, SIAM Journal on Mathematical Analysis 24, 1993.
 """
 
 import math

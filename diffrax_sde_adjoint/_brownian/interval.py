@@ -1,15 +1,10 @@
 """Brownian motion, drawn by the cell.
 
 The interval is divided into cells (`cells.py`), and what is known of cell `i` is drawn
-from a key of its own, the `i`-th one folded from the path's key. As increments over
-disjoint intervals are independent, the increment over a union of cells is the join of
-theirs (`increments.py`). Within a cell, it is a combination of numbers drawn from keys
-of ever smaller parts of the cell (`refine.py`). Nothing is stored, and every value can
-be drawn again in any order.
-
-Here the path is defined, and the query of a whole cell, such as a step of a solve whose
-steps are the cells: it is one draw. All other queries are in `query.py`: of several
-cells, of the intervals that halving a cell makes, and of anything else.
+from a key of its own, the `i`-th one folded from the path's key. Here the path is
+defined, and the query of a whole cell, such as a step of a solve whose steps are the
+cells: it is one draw. All other queries are in `query.py`. The method is told in
+`docs/how_it_works/brownian_interval.md`.
 """
 
 from collections.abc import Sequence
@@ -75,37 +70,21 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
     ```
 
-    How this differs from torchsde's `BrownianInterval` and from
-    [`diffrax.VirtualBrownianTree`][]:
+    How this differs from [`diffrax.VirtualBrownianTree`][] and from torchsde's
+    `BrownianInterval`, in short ([in full][compared-with-others]):
 
-    1. *Purity.* As for the tree, values are a function of the key and the query.
-        torchsde's depend on the queries made before, unless `halfway_tree=True`.
-    2. *Exactness.* `W`, `H` and `K` have the exact joint law for all queries, as long
-        as no two of their ends are different points of one leaf, the smallest part of a
-        cell; and they always add up. An end that is within two units of rounding (of
-        the larger of `t0` and `t1`) of an edge of a cell counts as that edge, and near
-        a point that halving a cell makes, as that point, as long as these are at least
-        200 units apart. The same is true of the tree above its tolerance. Below it, its
-        `H` and `K` do not belong to any path, and do not get smaller with the length of
-        the query; here the path is smooth there, and they do. torchsde's are exact,
-        without `K`, but with approximations of space-space Lévy area, which is not
-        offered here.
-    3. *Cost.* One draw for a step on the grid, where the tree is walked from its root
-        twice; two for half a step, three for a quarter. Elsewhere the cost does not
-        depend on the place in a cell, and numbers are drawn for the levels within a
-        cell instead of all levels from the whole interval to the tolerance. But a query
-        that spans many cells draws each of them.
-    4. *Memory.* Nothing is stored, as in the tree. torchsde keeps what was drawn in a
-        cache, which has to hold enough of the path to be fast.
-    5. *Resolution.* `2**-levels` of a cell, so it is finer where cells are short. The
-        tree has one tolerance for the whole interval. Places in a cell have twice the
-        precision of the times; what float32 limits is how far from an edge, or a point
-        that halving makes, a time can be told from it.
-    6. *Grids.* The cells can be the steps of a solve with fixed steps (`dt`) or given
-        times (`ts`). Paths that are cut in different ways are different paths, even
-        for the same key; so to compare step sizes on one path, keep its cells.
-    7. *Errors.* A query out of range is an error here and in the tree; torchsde warns
-        and clips it.
+    1. *Purity.* As in the tree, nothing is stored, and values are a function of the key
+        and the query. torchsde's depend on the queries made before, unless
+        `halfway_tree=True`, and need a cache to be fast.
+    2. *Exactness.* `W`, `H` and `K` have the exact joint law, as long as no two ends of
+        queries are different points of one leaf, the smallest part of a cell. There the
+        path is smooth, where the tree's `H` and `K` do not belong to any path. torchsde
+        has no `K`, but approximations of space-space Lévy area, not offered here.
+    3. *Cost.* A step on the grid is one draw, where the tree is walked from its root
+        twice. But a query that spans many cells draws each of them.
+    4. *Resolution.* It is `2**-levels` of a cell, so finer where cells are short, where
+        the tree has one tolerance.
+    5. *Errors.* A query out of range is an error, as in the tree; torchsde clips it.
 
     !!! info "Steps that do not divide the interval"
 
@@ -142,29 +121,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         }
         ```
 
-        A tree of Brownian motion that is drawn again from its keys:
-
-        ```bibtex
-        @article{li2020scalable,
-            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
-                    Duvenaud, David},
-            title={{S}calable gradients for stochastic differential equations},
-            journal={International Conference on Artificial Intelligence and
-                     Statistics},
-            year={2020}
-        }
-        ```
-
-        The `BrownianInterval` of torchsde:
-
-        ```bibtex
-        @article{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            year={2021},
-            journal={Advances in Neural Information Processing Systems}
-        }
-        ```
+        A tree of Brownian motion that is drawn again from its keys: Li, Wong, Chen and
+        Duvenaud, *Scalable gradients for stochastic differential equations*, AISTATS
+        2020. The `BrownianInterval` of torchsde: Kidger, Foster, Li and Lyons,
+        *Efficient and accurate gradients for neural SDEs*, NeurIPS 2021.
     """
 
     t0: Float[Array, ""]
@@ -194,10 +154,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             levy_area, levels, tol, has_cells=dt is not None or ts is not None
         )
         times = check_times(t0, t1, dt, ts)
-        self._known = times.known
+        self._known = KnownTimes(*times[:3])
         self.t0, self.t1, step, edges = nondifferentiable(
-            (times.t0, times.t1, times.dt, times.ts),
-            name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`",
+            times, name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`"
         )
         if step is not None:
             self._cells = ConstantStepCells(self.t0, self.t1, step)
@@ -222,12 +181,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array]:
-        """The increment of the path over `[t0, t1]`, and its Lévy areas.
-
-        Over a single cell this costs one draw; over several whole cells, one for each;
-        over a half of a cell, a half of that, and so on, one for the cell and one for
-        each halving. Anything else costs `levels + 2` draws for each of both ends, and
-        one for each cell between the cells that they are in.
+        """The increment of the path over `[t0, t1]`, and its Lévy areas, at the cost
+        told above.
 
         **Arguments:**
 
