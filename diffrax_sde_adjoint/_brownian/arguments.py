@@ -37,7 +37,7 @@ class KnownTimes:
     """
 
     def __init__(self, t0: Array, t1: Array, dt: Array | None):
-        self.numbers: tuple[float, float, float | None] | None = None
+        self.numbers: Any = None
         if not any(isinstance(x, jax.core.Tracer) for x in (t0, t1, dt)):
             self.numbers = (float(t0), float(t1), None if dt is None else float(dt))
 
@@ -194,9 +194,7 @@ def time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
     # As in `diffrax.diffeqsolve`: times may be given as a mix of integers and floats.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*times)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    return dtype
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
 
 
 def tolerance(

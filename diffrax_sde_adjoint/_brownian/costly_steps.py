@@ -49,10 +49,9 @@ def warn_of_costly_steps(
         if type(controller) is diffrax.ConstantStepSize:
             if 0 < first <= end - start < math.inf:
                 times = np.sort(sign * _step_times(start, end, first))
-                _warn_of_constant_steps(path, times, *path._known.numbers)
+                _warn_of_constant_steps(path, times)
         elif type(controller) is diffrax.StepTo:
-            num_steps = len(controller.ts) - 1
-            _warn_of_listed_steps(path, num_steps, end - start, *path._known.numbers)
+            _warn_of_listed_steps(path, len(controller.ts) - 1, end - start)
 
 
 def _step_times(start: float, end: float, first: float) -> Float[np.ndarray, " times"]:
@@ -70,15 +69,12 @@ def _count(length: float, dt: float) -> int:
 
 
 def _warn_of_constant_steps(
-    path: BrownianInterval,
-    times: Float[np.ndarray, " times"],
-    start: float,
-    end: float,
-    dt: float | None,
+    path: BrownianInterval, times: Float[np.ndarray, " times"]
 ) -> None:
-    size = f"{np.median(np.diff(times)):.6g}"
     if isinstance(path._cells, ListedCells):
         return
+    start, end, dt = path._known.numbers
+    size = f"{np.median(np.diff(times)):.6g}"
     if dt is None:
         if not _are_dyadic(times, start, end - start, path.levels):
             _warn(
@@ -116,13 +112,9 @@ def _warn_of_constant_steps(
 
 
 def _warn_of_listed_steps(
-    path: BrownianInterval,
-    num_steps: int,
-    length: float,
-    start: float,
-    end: float,
-    dt: float | None,
+    path: BrownianInterval, num_steps: int, length: float
 ) -> None:
+    start, end, dt = path._known.numbers
     if abs(length - (end - start)) > _tolerance * length:
         return
     num_cells = 1 if dt is None else _count(end - start, dt)

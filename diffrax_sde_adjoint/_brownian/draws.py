@@ -118,20 +118,19 @@ def combine(
 def _dot(
     coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
 ) -> Inexact[Array, "num *shape"]:
-    x = at_least_single(numbers)
-    coefs = coefs.astype(x.dtype)
+    coefs = coefs.astype(numbers.dtype)
     # Not in the reduced precision that accelerators default to.
-    return jnp.einsum("kcn,kn...->c...", coefs, x, precision="highest")
+    return jnp.einsum("kcn,kn...->c...", coefs, numbers, precision="highest")
 
 
 def _sum_of_products(
     coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
 ) -> Inexact[Array, "num *shape"]:
     # As `_dot`, but XLA compiles this together with the draw.
-    x = at_least_single(numbers)
-    coefs = coefs.astype(x.dtype).reshape(*coefs.shape, *(1,) * (x.ndim - 2))
-    out = [jnp.sum(coefs[:, i] * x, axis=(0, 1)) for i in range(coefs.shape[1])]
-    return jnp.stack(out)
+    ones = (1,) * (numbers.ndim - 2)
+    coefs = coefs.astype(numbers.dtype).reshape(*coefs.shape, *ones)
+    rows = range(coefs.shape[1])
+    return jnp.stack([jnp.sum(coefs[:, i] * numbers, axis=(0, 1)) for i in rows])
 
 
 def _hash_leaf(

@@ -45,15 +45,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from .draws import at_least_single, draw
+from .draws import draw
 
 
 # The standard deviations of `W`, `H` and `K` over an interval of length one.
 stds: tuple[float, float, float] = (1.0, 1 / math.sqrt(12), 1 / math.sqrt(720))
 
-# What is new in the halves of an interval of length one, by the number of components:
-# the coefficients of the normal numbers (last axis) in each component (first axis), of
-# the left half. In the right half these are multiplied by the `_signs`.
+# The left one of the `halves`, by the number of components. In the right one these are
+# multiplied by the `_signs`.
 _left_half: dict[int, list[list[float]]] = {
     1: [[1 / 2]],
     2: [[1 / 4, 0], [-1 / 8, 1 / math.sqrt(48)]],
@@ -81,7 +80,6 @@ def sample(
     """An interval of length `dt`, of which nothing else is known."""
 
     def scale(z):
-        z = at_least_single(z)
         std = jnp.sqrt(dt) * jnp.asarray(stds[: len(z)], dt.dtype)
         return z * std.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype)
 
@@ -112,10 +110,8 @@ def reverse_if(pred: Bool[Array, ""], inc: Increment) -> Increment:
     sign = jnp.where(pred, -1.0, 1.0)
 
     def reverse_leaf(x):
-        signs = jnp.where(np.arange(len(x)) == 1, 1.0, sign).astype(
-            jnp.finfo(x.dtype).dtype
-        )
-        return x * signs.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+        signs = jnp.where(np.arange(len(x)) == 1, 1.0, sign).astype(x.dtype)
+        return x * signs.reshape(-1, *(1,) * (x.ndim - 1))
 
     dt = inc.dt * sign.astype(inc.dt.dtype)
     return Increment(dt, jtu.tree_map(reverse_leaf, inc.components))
@@ -129,7 +125,6 @@ def halve(
     """
 
     def halve_leaf(x, z):
-        z = at_least_single(z)
         dtype = x.dtype
         left, right = halves(len(x))
         coefs = jnp.where(is_right, right, left).astype(dtype)
@@ -147,7 +142,7 @@ def embed(part: list[Any], mid: Any, width: Any) -> list[Any]:
     """What a part of an interval contributes to the components of the interval.
 
     `mid` and `width` are the midpoint and the width of the part, in units of the
-    interval. Everything broadcasts.
+    interval.
     """
     y = mid - 0.5
     w, h, k = [*part, None, None][:3]

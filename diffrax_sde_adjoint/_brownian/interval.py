@@ -271,8 +271,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
 
     def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
         # A complex path has real lengths.
-        real = lambda x: jnp.finfo(x.dtype).dtype
-        dt = jtu.tree_map(lambda x: inc.dt.astype(real(x)), self.shape)
+        dt = jtu.tree_map(lambda x: inc.dt.astype(jnp.finfo(x.dtype).dtype), self.shape)
         component = lambda i: jtu.tree_map(
             lambda x, y: x[i].astype(y.dtype), inc.components, self.shape
         )
@@ -300,11 +299,8 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     and is another path, even for the same key.
 - `levels`: how often a cell is halved to find values inside it, from 0 to 29. The
     resolution of the path is the length of the cell over `2**levels`: below that the
-    path is smooth, and the variances of increments are wrong, mostly too small. The
-    cost of a query is proportional to this, unless it is of whole cells or of an
-    interval that halving makes. Defaults to 10 with `dt` or `ts`, and to 20 with
-    neither.
-
+    path is smooth, and the variances of increments are wrong, mostly too small.
+    Defaults to 10 with `dt` or `ts`, and to 20 with neither.
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
 
@@ -313,10 +309,8 @@ different ways are different paths, even for the same key.
 
 **Raises:**
 
-`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, `tol`, a `dt`, `ts`,
-`levels` or `levy_area` outside of what is said above, a `shape` with integer dtypes, or
-more than one key, or one of another kind. If the offending value is traced by JAX, an
-error when run.
+`ValueError` for arguments outside of what is said above, or both of `dt` and `ts`. If
+the offending value is traced by JAX, an error when run.
 """
 
 _bad_query = (
