@@ -71,7 +71,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     ```
 
     How this differs from [`diffrax.VirtualBrownianTree`][] and from torchsde's
-    `BrownianInterval`, in short ([in full][compared-with-others]):
+    `BrownianInterval`, in short; a table is in
+    [how it works](../how_it_works/brownian_interval.md#compared-with-others):
 
     1. *Purity.* As in the tree, nothing is stored, and values are a function of the key
         and the query. torchsde's depend on the queries made before, unless
