@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -32,28 +32,20 @@ num_components = {
 
 
 class KnownTimes:
-    """`t0`, `t1` and `dt` of a path, if they are known when it is made: for a warning.
-    It is equal to any other, as programs are not to be compiled anew for it.
+    """`t0`, `t1` and `dt` of a path, or `None` if they are not known when it is made:
+    for a warning. It is equal to any other, as programs are not to be compiled anew.
     """
 
-    def __init__(self, numbers: tuple[float, float, float | None] | None):
-        self.numbers = numbers
+    def __init__(self, t0: Array, t1: Array, dt: Array | None):
+        self.numbers: Any = None
+        if not any(isinstance(x, jax.core.Tracer) for x in (t0, t1, dt)):
+            self.numbers = (float(t0), float(t1), None if dt is None else float(dt))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KnownTimes)
 
     def __hash__(self) -> int:
         return hash(KnownTimes)
-
-
-class Times(NamedTuple):
-    """The times of a path, as arrays of one dtype."""
-
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    dt: Float[Array, ""] | None
-    ts: Float[Array, " times"] | None
-    known: KnownTimes
 
 
 def check_options(levy_area: Any, levels: Any, tol: Any, has_cells: bool) -> int:
@@ -85,21 +77,19 @@ def check_times(
     t1: RealScalarLike,
     dt: RealScalarLike | None,
     ts: ArrayLike | Sequence[RealScalarLike] | None,
-) -> Times:
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """`t0`, `t1`, `dt` and `ts`, as arrays of one dtype."""
     if dt is not None and ts is not None:
         raise ValueError("`BrownianInterval` takes either `dt` or `ts`, not both.")
     for name, x in (("t0", t0), ("t1", t1), ("dt", dt)):
         if x is not None and jnp.ndim(x) != 0:
             raise ValueError(f"`BrownianInterval({name}=...)` must be a scalar.")
-    given = [x for x in (t0, t1, dt) if x is not None]
-    given += [] if ts is None else [jnp.asarray(ts)]
-    dtype = time_dtype(*given)
     # What is known now stays known, so that `error_if` can check it right here.
     with jax.ensure_compile_time_eval():
-        start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-        step = None if dt is None else jnp.asarray(dt, dtype)
-        edges = None if ts is None else jnp.asarray(ts, dtype)
-    known = _known_times(start, end, step)
+        times = (t0, t1, dt, None if ts is None else jnp.asarray(ts))
+        dtype = time_dtype(*jtu.tree_leaves(times))
+        to_dtype = lambda x: jnp.asarray(x, dtype)
+        start, end, step, edges = jtu.tree_map(to_dtype, times)
     end = error_if(
         end,
         lambda: ~((start < end) & jnp.isfinite(start) & jnp.isfinite(end)),
@@ -108,16 +98,7 @@ def check_times(
     )
     edges = None if edges is None else _check_ts(start, end, edges)
     step = None if step is None else _check_dt(start, end, step)
-    return Times(start, end, step, edges, known)
-
-
-def _known_times(
-    t0: Float[Array, ""], t1: Float[Array, ""], dt: Float[Array, ""] | None
-) -> KnownTimes:
-    given = [x for x in (t0, t1, dt) if x is not None]
-    if any(isinstance(x, jax.core.Tracer) for x in given):
-        return KnownTimes(None)
-    return KnownTimes((float(t0), float(t1), None if dt is None else float(dt)))
+    return start, end, step, edges
 
 
 def check_shape(shape: Any) -> PyTree[jax.ShapeDtypeStruct]:
@@ -213,9 +194,7 @@ def time_dtype(*times: Real[Array, "..."] | RealScalarLike) -> jnp.dtype:
     # As in `diffrax.diffeqsolve`: times may be given as a mix of integers and floats.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*times)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    return dtype
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
 
 
 def tolerance(

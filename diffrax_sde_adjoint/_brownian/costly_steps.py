@@ -4,20 +4,13 @@ told before the solve is run.
 
 import math
 import warnings
-from typing import Any
 
 import diffrax
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from .._compat import (
-    IntScalarLike,
-    RealScalarLike,
-    WrapTerm,
-    direction_of,
-    known_value,
-)
+from .._compat import RealScalarLike, WrapTerm, direction_of, known_value
 from .cells import ListedCells
 from .interval import BrownianInterval
 
@@ -44,71 +37,63 @@ def warn_of_costly_steps(
     time whatever its direction.
     """
     is_term = lambda x: isinstance(x, WrapTerm)
-    for term in jtu.tree_leaves(terms, is_leaf=is_term):
-        if not is_term(term):
-            continue
+    for term in filter(is_term, jtu.tree_leaves(terms, is_leaf=is_term)):
         path = getattr(term.term, "control", None)
-        if not isinstance(path, BrownianInterval):
+        if not isinstance(path, BrownianInterval) or path._known.numbers is None:
             continue
-        times = _step_times(controller, direction_of(term), t0, t1, dt0)
-        if times is not None:
-            _warn_of_constant_steps(path, times)
+        given = (direction_of(term), t0, t1, 0.0 if dt0 is None else dt0)
+        known = [known_value(x) for x in given]
+        if any(x is None for x in known):
+            continue
+        sign, start, end, first = map(float, known)  # pyright: ignore[reportArgumentType]
+        if type(controller) is diffrax.ConstantStepSize:
+            if 0 < first <= end - start < math.inf:
+                times = np.sort(sign * _step_times(start, end, first))
+                _warn_of_constant_steps(path, times)
         elif type(controller) is diffrax.StepTo:
-            _warn_of_listed_steps(path, len(controller.ts) - 1, t0, t1)
+            _warn_of_listed_steps(path, len(controller.ts) - 1, end - start)
 
 
-def _step_times(
-    controller: diffrax.AbstractStepSizeController,
-    direction: IntScalarLike,
-    t0: RealScalarLike,
-    t1: RealScalarLike,
-    dt0: RealScalarLike | None,
-) -> Float[np.ndarray, " times"] | None:
-    """The times between the first steps of constant size, in increasing order; `None`
-    if they are not known.
-    """
-    if type(controller) is not diffrax.ConstantStepSize or dt0 is None:
-        return None
-    values = [known_value(x) for x in (direction, t0, t1, dt0)]
-    if any(x is None for x in values):
-        return None
-    sign, start, end, first = map(float, values)  # pyright: ignore[reportArgumentType]
-    if not 0 < first <= end - start < math.inf:
-        return None
-    num = math.ceil((end - start) / first * (1 - 1e-6))
+def _step_times(start: float, end: float, first: float) -> Float[np.ndarray, " times"]:
+    """The times between the first steps of constant size."""
+    num = _count(end - start, first)
     i = np.arange(min(num, _num_steps) + 1)
     times = start + (end - start) * i / num
     times[1] = start + first if num > 1 else end
-    return np.sort(sign * times)
+    return times
 
 
-def _warn_of_constant_steps(path: BrownianInterval, times: Any) -> None:
-    known = path._known.numbers
-    if known is None:
+def _count(length: float, dt: float) -> int:
+    """The number of constant steps; a quotient that is rounded up does not add one."""
+    return math.ceil(length / dt * (1 - 1e-6))
+
+
+def _warn_of_constant_steps(
+    path: BrownianInterval, times: Float[np.ndarray, " times"]
+) -> None:
+    if isinstance(path._cells, ListedCells):
         return
-    start, end, dt = known
+    start, end, dt = path._known.numbers
+    size = f"{np.median(np.diff(times)):.6g}"
     if dt is None:
-        if not isinstance(path._cells, ListedCells):
-            if not _are_dyadic(times, start, end - start, path.levels):
-                _warn(
-                    f"`BrownianInterval(...)` without `dt` is made for adaptive steps, "
-                    f"but the steps are constant, of {np.median(np.diff(times)):.6g}",
-                    path,
-                    "Pass `BrownianInterval(..., dt=dt0)`, with `dt0` of the solve.",
-                )
+        if not _are_dyadic(times, start, end - start, path.levels):
+            _warn(
+                f"`BrownianInterval(...)` without `dt` is made for adaptive steps, "
+                f"but the steps are constant, of {size}",
+                path,
+                "Pass `BrownianInterval(..., dt=dt0)`, with `dt0` of the solve.",
+            )
         return
-    num = max(1, math.ceil((end - start) / dt * (1 - 1e-6)))
-    cell = (end - start) / num
+    cell = (end - start) / _count(end - start, dt)
     edges = start + cell * np.round((times - start) / cell)
     distances = np.minimum(np.abs(times - edges), np.abs(times - (start + dt)))
     are_edges = np.all(distances < _tolerance * cell)
     num_cells = round(float(np.max(np.diff(times))) / cell)
     if are_edges and num_cells > _max_cells:
         warnings.warn(
-            f"Each step of the solve, of {np.median(np.diff(times)):.6g}, draws the "
-            f"{num_cells} cells of `BrownianInterval(..., dt={dt:.6g})` in it. Pass "
-            "`dt=dt0`, with `dt0` of the solve, unless this is to be the path of a "
-            "solve with smaller steps.",
+            f"Each step of the solve, of {size}, draws the {num_cells} cells of "
+            f"`BrownianInterval(..., dt={dt:.6g})` in it. Pass `dt=dt0`, with `dt0` of "
+            "the solve, unless this is to be the path of a solve with smaller steps.",
             stacklevel=2,
         )
     if not (are_edges or _are_dyadic(times, start, cell, path.levels)):
@@ -120,29 +105,21 @@ def _warn_of_constant_steps(path: BrownianInterval, times: Any) -> None:
             )
         _warn(
             f"`BrownianInterval(..., dt={dt:.6g})` is not made for the steps of the "
-            f"solve, which are of {np.median(np.diff(times)):.6g}",
+            f"solve, which are of {size}",
             path,
             way_out,
         )
 
 
 def _warn_of_listed_steps(
-    path: BrownianInterval, num_steps: int, t0: RealScalarLike, t1: RealScalarLike
+    path: BrownianInterval, num_steps: int, length: float
 ) -> None:
-    known = path._known.numbers
-    ends = [known_value(x) for x in (t0, t1)]
-    if known is None or any(x is None for x in ends):
-        return
-    start, end, dt = known
-    length = abs(float(ends[1]) - float(ends[0]))  # pyright: ignore[reportArgumentType]
+    start, end, dt = path._known.numbers
     if abs(length - (end - start)) > _tolerance * length:
         return
+    num_cells = 1 if dt is None else _count(end - start, dt)
     if isinstance(path._cells, ListedCells):
         num_cells = len(path._cells.edges) - 1
-    elif dt is not None:
-        num_cells = math.ceil((end - start) / dt * (1 - 1e-6))
-    else:
-        num_cells = 1
     is_part = num_steps % num_cells == 0 and math.log2(num_steps / num_cells) % 1 == 0
     if num_cells % num_steps != 0 and not is_part:
         _warn(

@@ -16,16 +16,10 @@ def divide_differences(
     x, x_error = _subtract(t, a)
     y, y_error = _subtract(b, a)
     quotient = x / y
-    remainder = _remainder(x, quotient, y) + (x_error - quotient * y_error)
-    return quotient, remainder / y
-
-
-def _remainder(
-    x: Float[Array, "..."], quotient: Float[Array, "..."], y: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """`x - quotient * y`."""
+    # `x - quotient * y`, exactly.
     (q0, q1), (y0, y1) = _halve_digits(quotient), _halve_digits(y)
-    return (((x - q0 * y0) - q0 * y1) - q1 * y0) - q1 * y1
+    remainder = (((x - q0 * y0) - q0 * y1) - q1 * y0) - q1 * y1
+    return quotient, (remainder + (x_error - quotient * y_error)) / y
 
 
 def _subtract(

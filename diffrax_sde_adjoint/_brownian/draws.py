@@ -18,6 +18,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Inexact, Key, PyTree, UInt32
 
+from .._misc import zeros_like
+
 
 # The bytes of an array above which XLA runs the loop that it is in several times
 # slower: see `docs/how_it_works/small_loops.md`. Operations that are there, but rarely
@@ -31,52 +33,38 @@ _max_parts = 6
 _large = 2**15
 
 
-def draw(
-    key: Key[Array, ""], shape: PyTree[jax.ShapeDtypeStruct], num: int
-) -> PyTree[Array]:
-    """`num` independent standard normal numbers for each entry, along a first axis."""
-    return _numbers(_hash(key, shape, num), shape, num)
+def draw(key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """Independent standard normal numbers, in at least single precision."""
+    return _numbers(_hash(key, like), like)
 
 
-def _hash(
-    key: Key[Array, ""], shape: PyTree[jax.ShapeDtypeStruct], num: int
-) -> list[Array]:
-    leaves = jtu.tree_leaves(shape)
+def _hash(key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct]) -> list[Array]:
+    leaves = jtu.tree_leaves(like)
     # A path with one leaf, by far the most common, is spared the cost of a split.
     keys = [key] if len(leaves) == 1 else jr.split(key, len(leaves))
-    return [
-        _hash_leaf(k, (num, *x.shape), x.dtype)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
+    return list(map(_hash_leaf, keys, leaves))
 
 
-def _numbers(
-    hashed: list[Array], shape: PyTree[jax.ShapeDtypeStruct], num: int
-) -> PyTree[Array]:
-    leaves, treedef = jtu.tree_flatten(shape)
-    out = [
-        _to_normal(h, (num, *x.shape), x.dtype)
-        for h, x in zip(hashed, leaves, strict=True)
-    ]
-    return jtu.tree_unflatten(treedef, out)
+def _numbers(hashed: list[Array], like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    leaves, treedef = jtu.tree_flatten(like)
+    return jtu.tree_unflatten(treedef, map(_to_normal, hashed, leaves))
 
 
 def combine(
     keys: list[Key[Array, " keys"]],
     coefs: list[list[Float[Array, "keys num"]]],
-    shape: PyTree[jax.ShapeDtypeStruct],
+    like: PyTree[jax.ShapeDtypeStruct],
     is_rare: bool,
 ) -> list[PyTree[Array]]:
-    """The components with the given coefficients of the numbers that keys give, for
-    each of several lists of keys. In single precision at least.
+    """The components, stacked as in `like`, with the given coefficients of the numbers
+    that keys give, for each of several lists of keys. In single precision at least.
 
     What `is_rare` is kept from slowing down what is around it.
     """
-    num = len(coefs[0])
     stacked = [jnp.stack(x, axis=1) for x in coefs]
-    hash_all = jax.vmap(lambda key: _hash(key, shape, num))
-    all_numbers = jax.vmap(lambda hashed: _numbers(hashed, shape, num))
-    sizes = [num * x.size * x.dtype.itemsize for x in jtu.tree_leaves(shape)]
+    hash_all = jax.vmap(lambda key: _hash(key, like))
+    all_numbers = jax.vmap(lambda hashed: _numbers(hashed, like))
+    sizes = [x.size * x.dtype.itemsize for x in jtu.tree_leaves(like)]
     size = max([1, *sizes])
     at_once = _small // size
     num_loops = -(-len(keys[0]) // (_max_parts * max(at_once, 1)))
@@ -121,8 +109,8 @@ def combine(
             ]
             return jtu.tree_map(jnp.add, out, combine_in_parts(*some))
 
-        zeros = lambda x: at_least_single(jnp.zeros((num, *x.shape), x.dtype))
-        return lax.fori_loop(0, num_loops, add, jtu.tree_map(zeros, shape))
+        zeros = jtu.tree_map(at_least_single, zeros_like(like))
+        return lax.fori_loop(0, num_loops, add, zeros)
 
     return [combine_in_loop(k, c) for k, c in zip(keys, stacked, strict=True)]
 
@@ -130,47 +118,41 @@ def combine(
 def _dot(
     coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
 ) -> Inexact[Array, "num *shape"]:
-    x = at_least_single(numbers)
-    coefs = coefs.astype(x.dtype)
+    coefs = coefs.astype(numbers.dtype)
     # Not in the reduced precision that accelerators default to.
-    return jnp.einsum("kcn,kn...->c...", coefs, x, precision="highest")
+    return jnp.einsum("kcn,kn...->c...", coefs, numbers, precision="highest")
 
 
 def _sum_of_products(
     coefs: Float[Array, "keys num num"], numbers: Inexact[Array, "keys num *shape"]
 ) -> Inexact[Array, "num *shape"]:
     # As `_dot`, but XLA compiles this together with the draw.
-    x = at_least_single(numbers)
-    coefs = coefs.astype(x.dtype).reshape(*coefs.shape, *(1,) * (x.ndim - 2))
-    out = [jnp.sum(coefs[:, i] * x, axis=(0, 1)) for i in range(coefs.shape[1])]
-    return jnp.stack(out)
+    ones = (1,) * (numbers.ndim - 2)
+    coefs = coefs.astype(numbers.dtype).reshape(*coefs.shape, *ones)
+    rows = range(coefs.shape[1])
+    return jnp.stack([jnp.sum(coefs[:, i] * numbers, axis=(0, 1)) for i in rows])
 
 
 def _hash_leaf(
-    key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype
+    key: Key[Array, ""], like: jax.ShapeDtypeStruct
 ) -> Key[Array, ""] | UInt32[Array, "blocks 2"]:
     """The first step of a draw: random bits, or the key if JAX makes the numbers."""
-    if not _is_at_most_single(dtype):
+    if not _is_at_most_single(like.dtype):
         return key
     # The data of a key are random bits: those that JAX makes of all 64.
-    size = math.prod(shape)
-    if size <= 2:
+    if like.size <= 2:
         return jr.key_data(key)[None, :2]
-    return jr.key_data(jr.split(key, -(-size // 2)))[:, :2]
+    return jr.key_data(jr.split(key, -(-like.size // 2)))[:, :2]
 
 
 def _to_normal(
-    hashed: Key[Array, ""] | UInt32[Array, "blocks 2"],
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-) -> Inexact[Array, "*shape"]:
-    """The second step of a draw: independent standard normal numbers, in at least
-    single precision.
-    """
-    if not _is_at_most_single(dtype):
-        return jr.normal(hashed, shape, dtype)
+    hashed: Key[Array, ""] | UInt32[Array, "blocks 2"], like: jax.ShapeDtypeStruct
+) -> Inexact[Array, "..."]:
+    """The second step of a draw: the numbers."""
+    if not _is_at_most_single(like.dtype):
+        return jr.normal(hashed, like.shape, like.dtype)
     bits = jnp.concatenate([hashed[:, 0], hashed[:, 1]])
-    bits = bits[: math.prod(shape)].reshape(shape)
+    bits = bits[: like.size].reshape(like.shape)
     # Uniform on [1, 2), then on (-1, 1).
     one = lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
     uniform = lax.bitcast_convert_type((bits >> jnp.uint32(9)) | one, jnp.float32)

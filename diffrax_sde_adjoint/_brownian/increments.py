@@ -14,40 +14,25 @@ its *components*.
 **Embed**: what a part contributes to the whole. If the part has its midpoint at
 `y + 1/2` and width `w`, in units of the whole, then position `x'` in the part is
 `x = y + 1/2 + w (x' - 1/2)` in the whole. Written in `x'`, the kernels of the whole are
-combinations of those of the part:
-
-    W += W'
-    H += w H' - y W'
-    K += w^2 K' - w y H' + (y^2 + (w^2 - 1) / 12) / 2 W'
-
-**Join**: the components of two adjacent intervals together are what each contributes.
+combinations of those of the part. Two adjacent intervals *join* as what each of them
+contributes.
 
 **Restrict**: the mean of a part, given the whole. Given `W`, `H` and `K`, white noise
 has the mean `W + 12 H (1/2 - x) + 720 K (1/12 - x (1 - x) / 2)`, as the squared norms
-of the kernels are 1, 1/12 and 1/720. The components of this polynomial over a part are
-
-    W' = w (W - 12 y H + (360 y^2 + 30 (w^2 - 1)) K)
-    H' = w^2 (H - 60 y K)
-    K' = w^3 K
+of the kernels are 1, 1/12 and 1/720. What is returned are the components of this
+polynomial over the part.
 
 **Split**: the components of the halves of an interval are these means, plus what is not
 known from the whole. This has as many dimensions as there are components, so is made of
 as many independent normal numbers; reflecting the interval maps each of them to itself
 up to sign, which nearly determines them (`halves`). For `[W, H]` this is Theorem 6.1.6
-of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024). Splitting
-without end expands white noise in an orthonormal basis of piecewise polynomials: Haar's
-for `[W]`, the multiwavelets of Alpert (1993) for the others.
+of Foster (2020), for `[W, H, K]` it is in Jelinčić, Foster and Kidger (2024), both
+cited at `BrownianInterval`. Splitting without end expands white noise in an orthonormal
+basis of piecewise polynomials: Haar's for `[W]`, for the others the multiwavelets of
+Alpert (A class of bases in L2 for the sparse representation of integral operators, SIAM
+Journal on Mathematical Analysis 24, 1993).
 
 The split at a point other than the midpoint is in `leaf_bridge.py`.
-
-References:
-
-- James Foster, Numerical approximations for stochastic differential equations, PhD
-    thesis, University of Oxford, 2020.
-- Andraž Jelinčić, James Foster and Patrick Kidger, Single-seed generation of Brownian
-    paths and integrals for adaptive and high order SDE solvers, 2024, arXiv:2405.06464.
-- Bradley K. Alpert, A class of bases in L2 for the sparse representation of integral
-    operators, SIAM Journal on Mathematical Analysis 24, 1993.
 """
 
 import math
@@ -60,15 +45,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from .draws import at_least_single, draw
+from .draws import draw
 
 
 # The standard deviations of `W`, `H` and `K` over an interval of length one.
 stds: tuple[float, float, float] = (1.0, 1 / math.sqrt(12), 1 / math.sqrt(720))
 
-# What is new in the halves of an interval of length one, by the number of components:
-# the coefficients of the normal numbers (last axis) in each component (first axis), of
-# the left half. In the right half these are multiplied by the `_signs`.
+# The left one of the `halves`, by the number of components. In the right one these are
+# multiplied by the `_signs`.
 _left_half: dict[int, list[list[float]]] = {
     1: [[1 / 2]],
     2: [[1 / 4, 0], [-1 / 8, 1 / math.sqrt(48)]],
@@ -91,19 +75,15 @@ class Increment(eqx.Module):
 
 
 def sample(
-    key: Key[Array, ""],
-    dt: Float[Array, ""],
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
+    key: Key[Array, ""], dt: Float[Array, ""], like: PyTree[jax.ShapeDtypeStruct]
 ) -> Increment:
     """An interval of length `dt`, of which nothing else is known."""
 
     def scale(z):
-        z = at_least_single(z)
-        std = jnp.sqrt(dt) * jnp.asarray(stds[:num], dt.dtype)
+        std = jnp.sqrt(dt) * jnp.asarray(stds[: len(z)], dt.dtype)
         return z * std.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype)
 
-    return Increment(dt, jtu.tree_map(scale, draw(key, shape, num)))
+    return Increment(dt, jtu.tree_map(scale, draw(key, like)))
 
 
 def join(left: Increment, right: Increment) -> Increment:
@@ -130,10 +110,8 @@ def reverse_if(pred: Bool[Array, ""], inc: Increment) -> Increment:
     sign = jnp.where(pred, -1.0, 1.0)
 
     def reverse_leaf(x):
-        signs = jnp.where(np.arange(len(x)) == 1, 1.0, sign).astype(
-            jnp.finfo(x.dtype).dtype
-        )
-        return x * signs.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+        signs = jnp.where(np.arange(len(x)) == 1, 1.0, sign).astype(x.dtype)
+        return x * signs.reshape(-1, *(1,) * (x.ndim - 1))
 
     dt = inc.dt * sign.astype(inc.dt.dtype)
     return Increment(dt, jtu.tree_map(reverse_leaf, inc.components))
@@ -147,7 +125,6 @@ def halve(
     """
 
     def halve_leaf(x, z):
-        z = at_least_single(z)
         dtype = x.dtype
         left, right = halves(len(x))
         coefs = jnp.where(is_right, right, left).astype(dtype)
@@ -165,7 +142,7 @@ def embed(part: list[Any], mid: Any, width: Any) -> list[Any]:
     """What a part of an interval contributes to the components of the interval.
 
     `mid` and `width` are the midpoint and the width of the part, in units of the
-    interval. Everything broadcasts.
+    interval.
     """
     y = mid - 0.5
     w, h, k = [*part, None, None][:3]

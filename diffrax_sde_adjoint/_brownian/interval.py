@@ -1,15 +1,10 @@
 """Brownian motion, drawn by the cell.
 
 The interval is divided into cells (`cells.py`), and what is known of cell `i` is drawn
-from a key of its own, the `i`-th one folded from the path's key. As increments over
-disjoint intervals are independent, the increment over a union of cells is the join of
-theirs (`increments.py`). Within a cell, it is a combination of numbers drawn from keys
-of ever smaller parts of the cell (`refine.py`). Nothing is stored, and every value can
-be drawn again in any order.
-
-Here the path is defined, and the query of a whole cell, such as a step of a solve whose
-steps are the cells: it is one draw. All other queries are in `query.py`: of several
-cells, of the intervals that halving a cell makes, and of anything else.
+from a key of its own, the `i`-th one folded from the path's key. Here the path is
+defined, and the query of a whole cell, such as a step of a solve whose steps are the
+cells: it is one draw. All other queries are in `query.py`. The method is told in
+`docs/how_it_works/brownian_interval.md`.
 """
 
 from collections.abc import Sequence
@@ -18,18 +13,10 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import (
-    Array,
-    ArrayLike,
-    Float,
-    Key,
-    PRNGKeyArray,
-    PyTree,
-)
+from jaxtyping import Array, ArrayLike, Float, Key, PRNGKeyArray, PyTree
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._misc import error_with_values_if
@@ -46,7 +33,14 @@ from .arguments import (
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
 from .draws import at_least_single
 from .increments import Increment
-from .query import any_query, draw_cell, run_if
+from .query import Source, any_query, draw_cell, run_if
+
+
+_LevyArea = type[
+    diffrax.BrownianIncrement
+    | diffrax.SpaceTimeLevyArea
+    | diffrax.SpaceTimeTimeLevyArea
+]
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
@@ -76,37 +70,22 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
     ```
 
-    How this differs from torchsde's `BrownianInterval` and from
-    [`diffrax.VirtualBrownianTree`][]:
+    How this differs from [`diffrax.VirtualBrownianTree`][] and from torchsde's
+    `BrownianInterval`, in short; a table is in
+    [how it works](../how_it_works/brownian_interval.md#compared-with-others):
 
-    1. *Purity.* As for the tree, values are a function of the key and the query.
-        torchsde's depend on the queries made before, unless `halfway_tree=True`.
-    2. *Exactness.* `W`, `H` and `K` have the exact joint law for all queries, as long
-        as no two of their ends are different points of one leaf, the smallest part of a
-        cell; and they always add up. An end that is within two units of rounding (of
-        the larger of `t0` and `t1`) of an edge of a cell counts as that edge, and near
-        a point that halving a cell makes, as that point, as long as these are at least
-        200 units apart. The same is true of the tree above its tolerance. Below it, its
-        `H` and `K` do not belong to any path, and do not get smaller with the length of
-        the query; here the path is smooth there, and they do. torchsde's are exact,
-        without `K`, but with approximations of space-space Lévy area, which is not
-        offered here.
-    3. *Cost.* One draw for a step on the grid, where the tree is walked from its root
-        twice; two for half a step, three for a quarter. Elsewhere the cost does not
-        depend on the place in a cell, and numbers are drawn for the levels within a
-        cell instead of all levels from the whole interval to the tolerance. But a query
-        that spans many cells draws each of them.
-    4. *Memory.* Nothing is stored, as in the tree. torchsde keeps what was drawn in a
-        cache, which has to hold enough of the path to be fast.
-    5. *Resolution.* `2**-levels` of a cell, so it is finer where cells are short. The
-        tree has one tolerance for the whole interval. Places in a cell have twice the
-        precision of the times; what float32 limits is how far from an edge, or a point
-        that halving makes, a time can be told from it.
-    6. *Grids.* The cells can be the steps of a solve with fixed steps (`dt`) or given
-        times (`ts`). Paths that are cut in different ways are different paths, even
-        for the same key; so to compare step sizes on one path, keep its cells.
-    7. *Errors.* A query out of range is an error here and in the tree; torchsde warns
-        and clips it.
+    1. *Purity.* As in the tree, nothing is stored, and values are a function of the key
+        and the query. torchsde's depend on the queries made before, unless
+        `halfway_tree=True`, and need a cache to be fast.
+    2. *Exactness.* `W`, `H` and `K` have the exact joint law, as long as no two ends of
+        queries are different points of one leaf, the smallest part of a cell. There the
+        path is smooth, where the tree's `H` and `K` do not belong to any path. torchsde
+        has no `K`, but approximations of space-space Lévy area, not offered here.
+    3. *Cost.* A step on the grid is one draw, where the tree is walked from its root
+        twice. But a query that spans many cells draws each of them.
+    4. *Resolution.* It is `2**-levels` of a cell, so finer where cells are short, where
+        the tree has one tolerance.
+    5. *Errors.* A query out of range is an error, as in the tree; torchsde clips it.
 
     !!! info "Steps that do not divide the interval"
 
@@ -143,38 +122,15 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         }
         ```
 
-        A tree of Brownian motion that is drawn again from its keys:
-
-        ```bibtex
-        @article{li2020scalable,
-            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
-                    Duvenaud, David},
-            title={{S}calable gradients for stochastic differential equations},
-            journal={International Conference on Artificial Intelligence and
-                     Statistics},
-            year={2020}
-        }
-        ```
-
-        The `BrownianInterval` of torchsde:
-
-        ```bibtex
-        @article{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            year={2021},
-            journal={Advances in Neural Information Processing Systems}
-        }
-        ```
+        A tree of Brownian motion that is drawn again from its keys: Li, Wong, Chen and
+        Duvenaud, *Scalable gradients for stochastic differential equations*, AISTATS
+        2020. The `BrownianInterval` of torchsde: Kidger, Foster, Li and Lyons,
+        *Efficient and accurate gradients for neural SDEs*, NeurIPS 2021.
     """
 
     t0: Float[Array, ""]
     t1: Float[Array, ""]
-    levy_area: type[
-        diffrax.BrownianIncrement
-        | diffrax.SpaceTimeLevyArea
-        | diffrax.SpaceTimeTimeLevyArea
-    ] = eqx.field(static=True)
+    levy_area: _LevyArea = eqx.field(static=True)
     key: Key[Array, ""]
     levels: int = eqx.field(static=True)
     _cells: AbstractCells
@@ -191,11 +147,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         *,
         dt: RealScalarLike | None = None,
         ts: ArrayLike | Sequence[RealScalarLike] | None = None,
-        levy_area: type[
-            diffrax.BrownianIncrement
-            | diffrax.SpaceTimeLevyArea
-            | diffrax.SpaceTimeTimeLevyArea
-        ] = diffrax.BrownianIncrement,
+        levy_area: _LevyArea = diffrax.BrownianIncrement,
         levels: int | None = None,
         tol: Any = None,
     ):
@@ -203,10 +155,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             levy_area, levels, tol, has_cells=dt is not None or ts is not None
         )
         times = check_times(t0, t1, dt, ts)
-        self._known = times.known
+        self._known = KnownTimes(*times[:3])
         self.t0, self.t1, step, edges = nondifferentiable(
-            (times.t0, times.t1, times.dt, times.ts),
-            name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`",
+            times, name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`"
         )
         if step is not None:
             self._cells = ConstantStepCells(self.t0, self.t1, step)
@@ -231,12 +182,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array]:
-        """The increment of the path over `[t0, t1]`, and its Lévy areas.
-
-        Over a single cell this costs one draw; over several whole cells, one for each;
-        over a half of a cell, a half of that, and so on, one for the cell and one for
-        each halving. Anything else costs `levels + 2` draws for each of both ends, and
-        one for each cell between the cells that they are in.
+        """The increment of the path over `[t0, t1]`, and its Lévy areas, at the cost
+        told above.
 
         **Arguments:**
 
@@ -284,10 +231,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         self, t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
     ) -> diffrax.AbstractBrownianIncrement:
         t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
-        cells, start, end = lax.stop_gradient((self._cells, self.t0, self.t1))
+        source = self._source
+        cells = source.cells
+        start, end = lax.stop_gradient((self.t0, self.t1))
         # Below the length of a cell, such that no time is two edges.
         tol = jnp.minimum(tolerance(start, end, dtypes), 0.25 * cells.shortest)
-
         cell = cells.cell_from(t0, tol)
 
         def evaluate(drawn):
@@ -302,17 +250,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             if drawn is not None:
                 # Recomputed, so that the loop does not carry it.
                 drawn = Increment(at_least_single(cells.length(cell)), drawn.components)
-            return any_query(
-                self.key,
-                cells,
-                cell,
-                drawn,
-                ts,
-                tol,
-                self.levels,
-                self.shape,
-                self._num,
-            )
+            return any_query(source, cell, drawn, ts, tol)
 
         if isinstance(cells, OneCell):
             return self._to_diffrax(evaluate(None))
@@ -322,21 +260,24 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         # In a batch, these are the steps of an element that is at its end.
         is_empty = (t0 == t1) & (start - tol <= t0) & (t0 <= end + tol)
         dt = jnp.where(is_empty, 0, cells.length(cell))
-        drawn = draw_cell(self.key, dt, cell, self.shape, self._num)
+        drawn = draw_cell(source, cell, dt)
         return self._to_diffrax(run_if(~(is_cell | is_empty), evaluate, drawn))
 
     @property
-    def _num(self) -> int:
-        return num_components[self.levy_area]
+    def _source(self) -> Source:
+        num = num_components[self.levy_area]
+        stack = lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype)
+        like = jtu.tree_map(stack, self.shape)
+        return Source(self.key, lax.stop_gradient(self._cells), self.levels, like, num)
 
     def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
         # A complex path has real lengths.
-        real = lambda x: jnp.finfo(x.dtype).dtype
-        dt = jtu.tree_map(lambda x: inc.dt.astype(real(x)), self.shape)
+        dt = jtu.tree_map(lambda x: inc.dt.astype(jnp.finfo(x.dtype).dtype), self.shape)
         component = lambda i: jtu.tree_map(
             lambda x, y: x[i].astype(y.dtype), inc.components, self.shape
         )
-        return self.levy_area(dt, *map(component, range(self._num)))
+        num = num_components[self.levy_area]
+        return self.levy_area(dt, *map(component, range(num)))
 
 
 BrownianInterval.__init__.__doc__ = """**Arguments:**
@@ -359,11 +300,8 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     and is another path, even for the same key.
 - `levels`: how often a cell is halved to find values inside it, from 0 to 29. The
     resolution of the path is the length of the cell over `2**levels`: below that the
-    path is smooth, and the variances of increments are wrong, mostly too small. The
-    cost of a query is proportional to this, unless it is of whole cells or of an
-    interval that halving makes. Defaults to 10 with `dt` or `ts`, and to 20 with
-    neither.
-
+    path is smooth, and the variances of increments are wrong, mostly too small.
+    Defaults to 10 with `dt` or `ts`, and to 20 with neither.
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
 
@@ -372,10 +310,8 @@ different ways are different paths, even for the same key.
 
 **Raises:**
 
-`ValueError` for bad arguments: `t1 <= t0`, both of `dt` and `ts`, `tol`, a `dt`, `ts`,
-`levels` or `levy_area` outside of what is said above, a `shape` with integer dtypes, or
-more than one key, or one of another kind. If the offending value is traced by JAX, an
-error when run.
+`ValueError` for arguments outside of what is said above, or both of `dt` and `ts`. If
+the offending value is traced by JAX, an error when run.
 """
 
 _bad_query = (

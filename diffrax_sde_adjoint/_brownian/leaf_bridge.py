@@ -1,12 +1,11 @@
 """Splitting an interval anywhere: what is new at a point, given the whole interval.
 
-This ends the refinement of a cell: the last interval that holds a point is split at
-the point itself. Given the components of that interval, what is new is a path `R` that
+Given the components of the interval, a leaf of a cell, what is new is a path `R` that
 is zero at both ends, as are its integrals `R_1 = int R` and `R_2 = int R_1`, as far as
 these are known. Only the law at single points is needed, as one query has at most one
-end in the interval if it is longer than the resolution of the path. So `R` can be made
-of as many normal numbers as there are components, where Brownian motion needs
-infinitely many.
+end in the leaf if it is longer than the resolution of the path. So `R` can be made of
+as many normal numbers as there are components, where Brownian motion needs infinitely
+many.
 
 There is a smooth such path. With `f` in `[0, 1]`, `p = f (1 - f)` and
 `u = log(f / (1 - f))`, in an interval of length one,
@@ -34,6 +33,7 @@ increment of any path, and has an `H` and `K` that grow as the points get closer
 they are those of a smooth path.
 """
 
+import functools as ft
 import math
 
 import jax
@@ -82,21 +82,15 @@ def bridge(
 
     def integrate():
         x = jnp.asarray(_points, h.dtype)
-        noise = _white_noise(a[..., None] + h[..., None] * x[:, None], num)
+        f = a[..., None] + h[..., None] * x[:, None]
+        path = lambda f: _integrals(f, num)[0]
+        _, noise = jax.jvp(path, (f,), (jnp.ones_like(f),))
         kernels = [jnp.ones_like(x), 0.5 - x, 1 / 12 - 0.5 * x * (1 - x)][:num]
         weights = jnp.stack(kernels) * jnp.asarray(_weights, h.dtype)
         integrals = [h * jnp.sum(w[:, None] * noise, axis=-2) for w in weights]
-        return [
-            jnp.where(is_small, x, y)
-            for x, y in zip(integrals, differences, strict=True)
-        ]
+        return list(map(ft.partial(jnp.where, is_small), integrals, differences))
 
     return lax.cond(jnp.any(is_small), integrate, lambda: differences)
-
-
-def _white_noise(f: Float[Array, "*batch 1"], num: int) -> Float[Array, "*batch num"]:
-    _, out = jax.jvp(lambda f: _integrals(f, num)[0], (f,), (jnp.ones_like(f),))
-    return out
 
 
 def _integrals(

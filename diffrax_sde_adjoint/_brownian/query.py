@@ -1,18 +1,16 @@
 """Queries of a path that is cut into cells.
 
 A query joins the part that it covers of the cell it starts in, the cells between, and
-the part of the cell it ends in. If it starts and ends in the same cell, it is a part of
-that.
+the part of the cell it ends in. If both are one cell, it is a part of that.
 
 A simple query is one of the intervals that halving a cell makes, which may be the cell
-itself, or several whole cells. It draws only what it is made of, one after the other:
-the cell and what is new at each halving, or the cells. Any other query draws what is
-around each of its ends, all at once (`refine.py`). Which of the two is used does not
-change values, but for rounding.
+itself, or several whole cells. It draws only what it is made of, one after the other.
+Any other query draws what is around each of its ends, all at once (`refine.py`). Which
+of the two is used does not change values, but for rounding.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.lax as lax
@@ -22,6 +20,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
+from .._misc import zeros_like
 from . import increments, refine
 from .cells import AbstractCells, OneCell
 from .draws import at_least_single, combine, draw as draw_normal
@@ -31,40 +30,43 @@ from .increments import Increment
 T = TypeVar("T")
 
 
-def draw_cell(
-    key: Key[Array, ""],
-    dt: Float[Array, ""],
-    i: Int[Array, ""],
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
-) -> Increment:
+class Source(NamedTuple):
+    """What a path is made from."""
+
+    key: Key[Array, ""]
+    cells: AbstractCells
+    levels: int
+    # The `num` components of an increment, stacked along the first axis.
+    like: PyTree[jax.ShapeDtypeStruct]
+    num: int
+
+
+def draw_cell(source: Source, i: Int[Array, ""], dt: Float[Array, ""]) -> Increment:
     """Cell `i` as a whole, of length `dt`."""
-    return increments.sample(jr.fold_in(key, i), at_least_single(dt), shape, num)
+    key = jr.fold_in(source.key, i)
+    return increments.sample(key, at_least_single(dt), source.like)
 
 
 def any_query(
-    key: Key[Array, ""],
-    cells: AbstractCells,
+    source: Source,
     drawn_cell: Int[Array, ""],
     drawn: Increment | None,
     ts: Float[Array, " ends=2"],
     tol: Float[Array, ""],
-    levels: int,
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
 ) -> Increment:
     """The increment from `ts[0]` to `ts[1]`, of which the latter may be smaller. A time
     within `tol` of an edge, or of a dyadic point of a cell, is that edge or point. What
     was `drawn` is `drawn_cell`, in which the query most likely starts.
     """
+    cells = source.cells
     is_reversed = ts[0] > ts[1]
     ts = jnp.sort(ts)
-    cell, ends = _locate(cells, ts, tol, levels)
-    interval = refine.interval_between(ends, levels)
+    cell, ends = _locate(cells, ts, tol, source.levels)
+    interval = refine.interval_between(ends, source.levels)
     is_simple = (interval == 1) | ((cell[0] == cell[1]) & (interval > 0))
     if drawn is not None:
         is_simple = is_simple & (cell[0] == drawn_cell)
-    draw = lambda i: draw_cell(key, cells.length(i), i, shape, num)
+    draw = lambda i: draw_cell(source, i, cells.length(i))
 
     # In a batch, both are run for each element if any needs them. So that this takes no
     # longer than for those, there are no cells to join for the others.
@@ -76,19 +78,18 @@ def any_query(
 
     def simple(inc):
         inc = draw(cell[0]) if drawn is None else inc
-        inc = _halve_until(key, cell[0], interval, inc, shape, num)
+        inc = _halve_until(source, cell[0], interval, inc)
         return join_until(cell[1] + 1, is_simple, inc)
 
     def general(inc):
         # As in `interval.py`, not to be moved out of the loop.
         here, at, _ = lax.optimization_barrier((cell, ends, inc))
-        first, last = _parts(key, cells, here, at, levels, shape, num)
+        first, last = _parts(source, here, at)
         if isinstance(cells, OneCell):
             return first
         return increments.join(join_until(cell[1], ~is_simple, first), last)
 
-    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-    inc = jtu.tree_map(zeros, jax.eval_shape(draw, cell[0])) if drawn is None else drawn
+    inc = zeros_like(jax.eval_shape(draw, cell[0])) if drawn is None else drawn
     inc = run_if(is_simple, simple, inc)
     inc = run_if(~is_simple, general, inc)
     return increments.reverse_if(is_reversed, inc)
@@ -105,47 +106,37 @@ def run_if(pred: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
 
 
 def _halve_until(
-    key: Key[Array, ""],
-    cell: Int[Array, ""],
-    interval: Int[Array, ""],
-    inc: Increment,
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
+    source: Source, cell: Int[Array, ""], interval: Int[Array, ""], inc: Increment
 ) -> Increment:
     """The increment over an interval that halving a cell makes, from that of the cell:
     this goes to the half that holds the interval, until it is the interval.
     """
-    depth = refine.depth(interval)
+    # The position of the leading bit is how often a cell is halved.
+    depth = 31 - lax.clz(interval)
 
     def halve(i, inc):
         whole, half = interval >> (depth - i), interval >> (depth - i - 1)
-        of_inside = jr.fold_in(key, _inside(cell))
-        numbers = draw_normal(jr.fold_in(of_inside, whole), shape, num)
+        of_inside = jr.fold_in(source.key, _inside(cell))
+        numbers = draw_normal(jr.fold_in(of_inside, whole), source.like)
         return increments.halve(inc, numbers, half % 2 == 1)
 
     return lax.fori_loop(0, depth, halve, inc)
 
 
 def _parts(
-    key: Key[Array, ""],
-    cells: AbstractCells,
-    cell: Int[Array, " ends=2"],
-    ends: refine.Point,
-    levels: int,
-    shape: PyTree[jax.ShapeDtypeStruct],
-    num: int,
+    source: Source, cell: Int[Array, " ends=2"], ends: refine.Point
 ) -> tuple[Increment, Increment]:
     """The parts of a query in the cells that it starts and ends in. If this is one
     cell, then the second part is empty.
     """
     in_one_cell = cell[0] == cell[1]
-    widths, coefs = refine.coefficients(ends, in_one_cell, levels, num)
-    lengths = at_least_single(cells.length(cell))
+    widths, coefs = refine.coefficients(ends, in_one_cell, source.levels, source.num)
+    lengths = at_least_single(source.cells.length(cell))
     scale = jnp.sqrt(lengths)
     coefs_of_ends = [[x[i] * scale[i] for x in coefs] for i in (0, 1)]
     # With cells, most queries are for one of them.
-    is_rare = not isinstance(cells, OneCell)
-    around = combine(_keys(key, cell, ends, levels), coefs_of_ends, shape, is_rare)
+    is_rare = not isinstance(source.cells, OneCell)
+    around = combine(_keys(source, cell, ends), coefs_of_ends, source.like, is_rare)
     first, last = (
         Increment(dt, x) for dt, x in zip(widths * lengths, around, strict=True)
     )
@@ -153,7 +144,7 @@ def _parts(
     whole = Increment(first.dt, components)
     select = lambda x, y: jnp.where(in_one_cell, x, y)
     first = jtu.tree_map(select, whole, first)
-    last = jtu.tree_map(select, jtu.tree_map(jnp.zeros_like, last), last)
+    last = jtu.tree_map(select, zeros_like(last), last)
     return first, last
 
 
@@ -192,17 +183,13 @@ def _inside(cell: Int[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def _keys(
-    key: Key[Array, ""],
-    cell: Int[Array, " ends=2"],
-    ends: refine.Point,
-    levels: int,
+    source: Source, cell: Int[Array, " ends=2"], ends: refine.Point
 ) -> list[Key[Array, " rows"]]:
     """For each end, the keys of its cell and of the intervals around it."""
-    # What is folded in for cells as a whole is less than this.
     data = jnp.stack([cell.astype(jnp.uint32), _inside(cell)])
-    of_cell, of_inside = jax.vmap(jax.vmap(lambda x: jr.fold_in(key, x)))(data)
+    of_cell, of_inside = jax.vmap(jax.vmap(lambda x: jr.fold_in(source.key, x)))(data)
     fold_in_all = jax.vmap(jr.fold_in, in_axes=(None, 0))
-    ids = refine.intervals_around(ends, levels)
+    ids = refine.intervals_around(ends, source.levels)
     return [
         jnp.concatenate([of_cell[i, None], fold_in_all(of_inside[i], ids[i])])
         for i in (0, 1)

@@ -2,22 +2,15 @@
 
 A cell is halved again and again, `levels` times. What is new at each split is a
 combination of normal numbers that are drawn from a key of the interval that is split
-(`increments.py`), and the last intervals, the *leaves*, are split at the points that
-are asked for (`leaf_bridge.py`). So the increment over a part of a cell is linear in
-the normal numbers of the cell, of the intervals that hold an end of the part strictly
-inside, one on each level, and of the leaf that holds it: no other interval contains a
-part of the query, but for those that are within it, and what is new there adds up to
-zero.
+(`increments.py`), and adds up to zero over it. The last intervals, the *leaves*, are
+split at the points that are asked for (`leaf_bridge.py`). So the increment over a part
+of a cell is linear in the normal numbers of the cell, of the intervals that hold an end
+of the part strictly inside, one on each level, and of the leaf that holds it.
 
 Which intervals these are, and the coefficients, depend on the ends only. They are found
-for all levels at once, without a search: an increment is a small matrix of coefficients
-times as many draws of normal numbers. What each interval contributes is the
-integral of its own white noise over the query, so a short query is not the difference
-of two large values.
-
-A point is a leaf and the place within it. Both together are more precise than a
-floating-point number for the position in the cell, which would not do for short queries
-in a cell of many levels.
+for all levels at once, without a search. What each interval contributes is the integral
+of its own white noise over the query, so a short query is not the difference of two
+large values.
 """
 
 import equinox as eqx
@@ -42,7 +35,8 @@ _spacing = 100
 
 class Point(eqx.Module):
     """A place in a cell, `leaf + place` leaves after its start, where `place` is from 0
-    to 1. The end of a cell is the end of its last leaf.
+    to 1. The end of a cell is the end of its last leaf. One floating-point number would
+    not be precise enough for short queries in a cell of many levels.
     """
 
     leaf: Int[Array, "..."]
@@ -102,11 +96,6 @@ def interval_between(ends: Point, levels: int) -> Int[Array, ""]:
     is_interval = (size > 0) & ((size | edge[0]) & (size - 1) == 0)
     interval = (edge[0] + 2**levels) >> lax.population_count(size - 1)
     return jnp.where(jnp.all(is_edge) & is_interval, interval, 0)
-
-
-def depth(interval: Int[Array, ""]) -> Int[Array, ""]:
-    """How often a cell is halved to get to an interval."""
-    return 31 - lax.clz(interval)
 
 
 def where(pred: Bool[ArrayLike, "..."], x: Point, y: Point) -> Point:

@@ -118,9 +118,9 @@ def draws(monkeypatch):
     to_normal = brownian_draws._to_normal
     draws = []
 
-    def counted(hashed, shape, dtype):
-        jax.debug.callback(lambda _: draws.append(shape), hashed)
-        return to_normal(hashed, shape, dtype)
+    def counted(hashed, like):
+        jax.debug.callback(lambda _: draws.append(like.shape), hashed)
+        return to_normal(hashed, like)
 
     monkeypatch.setattr(brownian_draws, "_to_normal", counted)
     jax.clear_caches()
@@ -283,7 +283,7 @@ def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
         increments = -increments[::-1]
     i = jnp.arange(num, dtype=jnp.int32)
     dt = path._cells.length
-    draw = lambda i: draw_cell(path.key, dt(i), i, path.shape, 1).components[0]
+    draw = lambda i: draw_cell(path._source, i, dt(i)).components[0]
     cells = jax.vmap(draw)(i)
     tol = 100 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(increments, cells, rtol=0, atol=tol)
