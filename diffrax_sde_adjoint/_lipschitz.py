@@ -95,26 +95,24 @@ def clip_lipschitz(module: _Module, norm: _Norm = "l1") -> _Module:
         raise ValueError(
             f'`clip_lipschitz(..., norm=...)` is `"l1"` or `"linf"`, but is `{norm!r}`.'
         )
-    num_clipped = 0
+    is_linear = lambda x: isinstance(x, eqx.nn.Linear)
 
     def clip(layer):
-        nonlocal num_clipped
-        if not isinstance(layer, eqx.nn.Linear):
-            if _is_other_layer(layer):
-                raise ValueError(
-                    "`clip_lipschitz` knows bounds for `equinox.nn.Linear` only, but "
-                    f"`module` has a `{type(layer).__name__}`. Build it of linear "
-                    "layers, or penalise gradients instead."
-                )
+        if _is_other_layer(layer):
+            raise ValueError(
+                "`clip_lipschitz` knows bounds for `equinox.nn.Linear` only, but "
+                f"`module` has a `{type(layer).__name__}`. Build it of linear layers, "
+                "or penalise gradients instead."
+            )
+        if not is_linear(layer):
             return layer
-        num_clipped += 1
         size = layer.weight.shape[-2 if norm == "l1" else -1]
         weight = jnp.clip(layer.weight, -1 / size, 1 / size)
         return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
-    is_layer = lambda x: isinstance(x, eqx.nn.Linear) or _is_other_layer(x)
+    is_layer = lambda x: is_linear(x) or _is_other_layer(x)
     clipped = jtu.tree_map(clip, module, is_leaf=is_layer)
-    if num_clipped == 0:
+    if not any(map(is_linear, jtu.tree_leaves(module, is_leaf=is_linear))):
         raise ValueError("`clip_lipschitz(module)` has no `equinox.nn.Linear`.")
     return clipped
 
