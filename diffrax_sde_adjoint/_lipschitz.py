@@ -25,17 +25,8 @@ def lipswish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     The same shape and dtype, elementwise.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{chen2019residual,
-            author={Chen, Ricky T. Q. and Behrmann, Jens and Duvenaud, David and
-                    Jacobsen, J{\"o}rn-Henrik},
-            title={{R}esidual {F}lows for {I}nvertible {G}enerative {M}odeling},
-            booktitle={Advances in Neural Information Processing Systems},
-            year={2019},
-        }
-        ```
+    Source: Chen, Behrmann, Duvenaud and Jacobsen, *Residual Flows for Invertible
+    Generative Modeling*, NeurIPS 2019.
     """
     return 0.909 * jax.nn.silu(x)
 
@@ -79,17 +70,8 @@ def clip_lipschitz(module: _Module, norm: _Norm = "l1") -> _Module:
     with weights, of which this bound says nothing, as a convolution, a recurrent cell
     or an attention; or if `norm` is something else.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            booktitle={Advances in Neural Information Processing Systems},
-            year={2021},
-            note={Section 5}
-        }
-        ```
+    Source: Kidger, Foster, Li and Lyons, *Efficient and Accurate Gradients for Neural
+    SDEs*, NeurIPS 2021, Section 5.
     """
     if norm not in get_args(_Norm):
         raise ValueError(

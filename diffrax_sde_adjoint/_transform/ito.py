@@ -168,17 +168,8 @@ def ito_to_stratonovich(
         respect to arrays inside of terms, convert inside of the function that is
         differentiated.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @book{kloeden1992numerical,
-            author={Kloeden, Peter E. and Platen, Eckhard},
-            title={{N}umerical {S}olution of {S}tochastic {D}ifferential {E}quations},
-            year={1992},
-            publisher={Springer},
-            note={Section 4.9}
-        }
-        ```
+    Source: Kloeden and Platen, *Numerical Solution of Stochastic Differential
+    Equations*, Springer 1992, Section 4.9.
     """
     return _convert(terms, "stratonovich", elementwise, "ito_to_stratonovich")
 

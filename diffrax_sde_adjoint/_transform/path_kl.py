@@ -185,20 +185,8 @@ def path_kl(
         differentiate with respect to arrays inside of terms, call this inside of the
         function that is differentiated.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{li2020scalable,
-            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
-                    Duvenaud, David},
-            title={{S}calable {G}radients for {S}tochastic {D}ifferential
-                   {E}quations},
-            booktitle={International Conference on Artificial Intelligence and
-                       Statistics},
-            year={2020},
-            note={Section 5}
-        }
-        ```
+    Source: Li, Wong, Chen and Duvenaud, *Scalable Gradients for Stochastic Differential
+    Equations*, AISTATS 2020, Section 5.
     """
     return _augment(terms, log_ratio, "path_kl", prior=prior, throw=throw)
 

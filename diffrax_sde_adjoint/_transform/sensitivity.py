@@ -170,18 +170,8 @@ def forward_sensitivity(terms: PyTree[diffrax.AbstractTerm]) -> diffrax.Abstract
         these have general noise, unless noise is scalar or additive. Those of
         Milstein's, for commutative noise, still converge.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{tzen2019neural,
-            author={Tzen, Belinda and Raginsky, Maxim},
-            title={{N}eural {S}tochastic {D}ifferential {E}quations: {D}eep {L}atent
-                   {G}aussian {M}odels in the {D}iffusion {L}imit},
-            year={2019},
-            journal={arXiv preprint arXiv:1905.09883},
-            note={Section 5}
-        }
-        ```
+    Source: Tzen and Raginsky, *Neural Stochastic Differential Equations: Deep Latent
+    Gaussian Models in the Diffusion Limit*, arXiv:1905.09883, 2019, Section 5.
     """
     if not isinstance(terms, diffrax.AbstractTerm):
         raise ValueError(
