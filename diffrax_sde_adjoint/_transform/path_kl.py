@@ -128,21 +128,11 @@ def path_kl(
     mean over paths is the divergence between the two laws, to which that of the initial
     distributions is to be added.
 
-    - *Noise*: diagonal noise (`lineax.DiagonalLinearOperator`; or scalar states and
-        noise) takes a division. Any other, of one path or several, takes the smallest
-        $u$ of a least-squares problem, by a singular value decomposition (`lineax.SVD`)
-        of the diffusion.
-    - *Zero or singular diffusion*: where $f_Q - f_P$ is zero to rounding in what the
-        noise does not reach, $u$ is zero in it. Elsewhere the divergence would be
-        infinite, and an error is raised.
-    - *Batches*: in a state that is a batch with diagonal noise, the divergence may be
-        one of each element: then its shape is that of the first axes of the noise.
-    - *Solvers*: any that takes the terms, in the sense (Itô or Stratonovich) that they
-        are meant in; and any adjoint. Convert Itô models afterwards, as in
-        `ito_to_stratonovich(path_kl(terms, prior))`. An adaptive step size controller
-        sees the divergence as part of the state.
-    - *Direction*: solve forwards in time. Backwards, what is carried has the opposite
-        sign.
+    In a state that is a batch with diagonal noise, the divergence may be one of each
+    element: then its shape is that of the first axes of the noise. Solve forwards in
+    time, in the sense that `terms` are meant in, or convert them afterwards, as in
+    `ito_to_stratonovich(path_kl(terms, prior))`. The
+    [page of this function](path_kl.md#what-it-takes) has more on noise and solvers.
 
     **Arguments:**
 
@@ -176,13 +166,14 @@ def path_kl(
     **Cost:**
 
     Each evaluation of the drift makes one each of the drift of the prior and of the
-    diffusion. With `log_ratio="stratonovich"` it also makes one JVP of them for each
-    number of the noise, for the difference between the two kinds of integral.
+    diffusion, and if this is not diagonal, its singular value decomposition. With
+    `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
+    noise, for the difference between the two kinds of integral.
 
     !!! note
 
-        The result refers to what is in the vector fields of `terms` more than once. To
-        differentiate with respect to arrays inside of terms, call this inside of the
+        The result refers to what is in the vector fields more than once. To
+        differentiate with respect to arrays inside of `terms`, call this inside of the
         function that is differentiated.
 
     Source: Li, Wong, Chen and Duvenaud, *Scalable Gradients for Stochastic Differential
