@@ -91,7 +91,7 @@ class _AugmentedDiffusion(eqx.Module):
 class _AugmentedNoise(diffrax.ControlTerm):
     """A term of the solution and of the divergence."""
 
-    vector_field: _AugmentedDiffusion
+    vector_field: _AugmentedDiffusion  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def prod(
         self, vf: tuple[VF, PyTree[Array] | None, Divergence], control: PyTree[Array]
