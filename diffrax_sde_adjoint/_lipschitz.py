@@ -25,17 +25,8 @@ def lipswish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     The same shape and dtype, elementwise.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{chen2019residual,
-            author={Chen, Ricky T. Q. and Behrmann, Jens and Duvenaud, David and
-                    Jacobsen, J{\"o}rn-Henrik},
-            title={{R}esidual {F}lows for {I}nvertible {G}enerative {M}odeling},
-            booktitle={Advances in Neural Information Processing Systems},
-            year={2019},
-        }
-        ```
+    Source: Chen, Behrmann, Duvenaud and Jacobsen, *Residual Flows for Invertible
+    Generative Modeling*, NeurIPS 2019.
     """
     return 0.909 * jax.nn.silu(x)
 
@@ -79,42 +70,31 @@ def clip_lipschitz(module: _Module, norm: _Norm = "l1") -> _Module:
     with weights, of which this bound says nothing, as a convolution, a recurrent cell
     or an attention; or if `norm` is something else.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            booktitle={Advances in Neural Information Processing Systems},
-            year={2021},
-            note={Section 5}
-        }
-        ```
+    Source: Kidger, Foster, Li and Lyons, *Efficient and Accurate Gradients for Neural
+    SDEs*, NeurIPS 2021, Section 5.
     """
     if norm not in get_args(_Norm):
         raise ValueError(
             f'`clip_lipschitz(..., norm=...)` is `"l1"` or `"linf"`, but is `{norm!r}`.'
         )
-    num_clipped = 0
+    is_linear = lambda x: isinstance(x, eqx.nn.Linear)
 
     def clip(layer):
-        nonlocal num_clipped
-        if not isinstance(layer, eqx.nn.Linear):
-            if _is_other_layer(layer):
-                raise ValueError(
-                    "`clip_lipschitz` knows bounds for `equinox.nn.Linear` only, but "
-                    f"`module` has a `{type(layer).__name__}`. Build it of linear "
-                    "layers, or penalise gradients instead."
-                )
+        if _is_other_layer(layer):
+            raise ValueError(
+                "`clip_lipschitz` knows bounds for `equinox.nn.Linear` only, but "
+                f"`module` has a `{type(layer).__name__}`. Build it of linear layers, "
+                "or penalise gradients instead."
+            )
+        if not is_linear(layer):
             return layer
-        num_clipped += 1
         size = layer.weight.shape[-2 if norm == "l1" else -1]
         weight = jnp.clip(layer.weight, -1 / size, 1 / size)
         return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
-    is_layer = lambda x: isinstance(x, eqx.nn.Linear) or _is_other_layer(x)
+    is_layer = lambda x: is_linear(x) or _is_other_layer(x)
     clipped = jtu.tree_map(clip, module, is_leaf=is_layer)
-    if num_clipped == 0:
+    if not any(map(is_linear, jtu.tree_leaves(module, is_leaf=is_linear))):
         raise ValueError("`clip_lipschitz(module)` has no `equinox.nn.Linear`.")
     return clipped
 

@@ -108,6 +108,10 @@ def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
+def add(*trees: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
+
+
 def add_where_given(
     x: PyTree[Array | None], y: PyTree[Array | None]
 ) -> PyTree[Array | None]:

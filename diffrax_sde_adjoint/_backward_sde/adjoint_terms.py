@@ -38,7 +38,7 @@ from .._solver import AbstractForwardingSolver, has_layer
 from .._solver.stage_loops import is_for_additive_noise
 from .._term.base import is_single_term
 from .._term.reversed import reversed_control
-from .._transform.ito import correction
+from .._transform.ito import corrected
 
 
 # The solution and its cotangent; inside of a step of the quadrature, also `q`.
@@ -67,10 +67,9 @@ class ForwardTerms(eqx.Module):
         unit = terms[i].contr(jnp.zeros_like(t), jnp.ones_like(t))
         out = terms[i].vf_prod(t, y, args, unit)
         if self.is_ito and i == self.roles.index("drift"):
-            for term, role in zip(terms, self.roles, strict=True):
-                change = correction(term, t, y, args) if role == "noise" else None
-                if change is not None:
-                    out = jtu.tree_map(lambda a, b: a - b, out, change)
+            parts = zip(terms, self.roles, strict=True)
+            noises = [term for term, role in parts if role == "noise"]
+            out = corrected(out, "stratonovich", noises, t, y, args)
         return out
 
     def increment(
@@ -154,15 +153,12 @@ class AdjointTerm(diffrax.AbstractTerm):
             out = self._with_cotangent(fn, y, -1)
             roles = self.forward.roles
             if self.is_ito and self.index == roles.index("drift"):
-                for i, role in enumerate(roles):
-                    if role == "noise":
-                        noise = AdjointTerm(
-                            self.forward, self.diff, i, True, self.diff_of_q
-                        )
-                        change = correction(noise, t, y, args)
-                        if change is None:
-                            continue
-                        out = jtu.tree_map(lambda a, b: a + b, out, change)
+                noises = [
+                    AdjointTerm(self.forward, self.diff, i, True, self.diff_of_q)
+                    for i, role in enumerate(roles)
+                    if role == "noise"
+                ]
+                out = corrected(out, "ito", noises, t, y, args)
             return out
         struct = eqx.filter_eval_shape(self.contr, t, t)
         matrix = jax.jacfwd(lambda control: self.vf_prod(t, y, args, control))(

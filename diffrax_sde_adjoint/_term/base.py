@@ -26,17 +26,6 @@ class AbstractForwardingTerm(diffrax.AbstractTerm):
         return self.term.vf_prod(t, y, args, control)
 
 
-class Rate(eqx.Module):
-    """The rate of change that is due to a term of time, whose `vf` and `prod` may be a
-    user's own.
-    """
-
-    term: diffrax.ODETerm
-
-    def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
-        return self.term.vf_prod(t, y, args, 1)
-
-
 def is_single_term(x: Any) -> bool:
     """Whether `x` is a term that is not made up of others."""
     # Solvers may look for a `MultiTerm`, and do not see the type of its parts:
@@ -44,7 +33,7 @@ def is_single_term(x: Any) -> bool:
     return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
 
 
-def unwrap(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
+def unwrap(term: diffrax.AbstractTerm) -> Any:
     """The term that `diffeqsolve` was given."""
     return term.term if isinstance(term, WrapTerm) else term
 

@@ -1,7 +1,8 @@
-"""The terms of an SDE that a Brownian path drives."""
+"""The terms of an SDE that a Brownian path drives, and its drift."""
 
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import diffrax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import RealScalarLike, is_sde
+from .._compat import Args, RealScalarLike, Y, is_sde
+from .._misc import zeros_like
 from .base import unwrap
 
 
@@ -58,10 +60,41 @@ def has_own_control(term: diffrax.ODETerm | diffrax.ControlTerm) -> bool:
     return type(term).contr not in (diffrax.ODETerm.contr, diffrax.ControlTerm.contr)
 
 
+def with_drift(terms: Sequence[diffrax.AbstractTerm]) -> tuple[int, list[Any]]:
+    """The index of the first of the terms that is a drift, and the terms: if none is,
+    with one of zero at the front.
+    """
+    for i, term in enumerate(terms):
+        if isinstance(term, diffrax.ODETerm) and not has_own_control(term):
+            return i, [*terms]
+    return 0, [diffrax.ODETerm(_no_drift), *terms]
+
+
+def _no_drift(t: RealScalarLike, y: Y, args: Args) -> Y:
+    del t, args
+    return jtu.tree_map(jnp.zeros_like, y)
+
+
+def independent_noises(
+    terms: Sequence[diffrax.AbstractTerm], call: str, otherwise: str
+) -> list[Any]:
+    """Those of the terms that a Brownian path drives. An error if there is none, or if
+    two are known to have the same path.
+    """
+    noises = [x for x in terms if is_noise(x)]
+    if len(noises) == 0:
+        raise ValueError(
+            f"`{call}` must have a term that is driven by a Brownian path: otherwise "
+            f"{otherwise}."
+        )
+    check_independent(noises)
+    return noises
+
+
 def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
     """An error if two noises are known to have the same path."""
     all_arrays = [
-        [x for x in jtu.tree_leaves(_control(noise)) if eqx.is_array(x)]
+        [x for x in jtu.tree_leaves(unwrap(noise).control) if eqx.is_array(x)]
         for noise in noises
     ]
     for arrays, others in itertools.combinations(all_arrays, 2):
@@ -73,33 +106,22 @@ def check_independent(noises: list[diffrax.AbstractTerm]) -> None:
             )
 
 
-def _control(noise: diffrax.AbstractTerm) -> Any:
-    inner: Any = unwrap(noise)
-    return inner.control
+class _Shape(eqx.Module):
+    """In place of a path: what its increments look like."""
 
-
-class _Shape(diffrax.AbstractPath):
-    """A path of which no more is known than what its increments look like."""
-
-    t0: RealScalarLike
-    t1: RealScalarLike
     leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        del t0, t1, left
-        zeros = [jnp.zeros(x.shape, x.dtype) for x in self.leaves]
-        return jtu.tree_unflatten(self.treedef, zeros)
+    def evaluate(self, *args: Any, **kwargs: Any) -> PyTree[Array]:
+        del args, kwargs
+        return zeros_like(jtu.tree_unflatten(self.treedef, self.leaves))
 
 
 def without_path(term: diffrax.ControlTerm) -> diffrax.ControlTerm:
     """The same term, with no more of the path than what its increments look like."""
-    path = term.control
-    t0 = jnp.asarray(path.t0)
-    struct = eqx.filter_eval_shape(path.evaluate, t0, t0)
+    t0 = jnp.asarray(term.control.t0)
+    struct = eqx.filter_eval_shape(term.contr, t0, t0)
     leaves, treedef = jtu.tree_flatten(struct)
-    shape = _Shape(path.t0, path.t0, tuple(leaves), treedef)
+    shape = _Shape(tuple(leaves), treedef)
     # Not a new `ControlTerm`: a subclass may have a `vf` or a `prod` of its own.
     return eqx.tree_at(lambda x: x.control, term, shape)

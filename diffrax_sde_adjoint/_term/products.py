@@ -62,15 +62,12 @@ def _can_be_added(dtype: jnp.dtype, y_dtype: jnp.dtype) -> bool:
 
 
 def _are_alike(out: PyTree[Any], y: Y) -> bool:
-    return jtu.tree_structure(out) == jtu.tree_structure(y) and all(
-        jnp.shape(a) == jnp.shape(b)
-        for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(y), strict=True)
-    )
+    shapes = lambda tree: jtu.tree_map(jnp.shape, tree)
+    return eqx.tree_equal(shapes(out), shapes(y)) is True
 
 
 def _describe(tree: PyTree[Any]) -> str:
-    is_operator = lambda x: isinstance(x, lx.AbstractLinearOperator)
-    if is_operator(tree):
+    if isinstance(tree, lx.AbstractLinearOperator):
         return f"a `lineax.{type(tree).__name__}`"
     # With arrays as their types and shapes.
     return f"`{eqx.tree_pformat(tree, width=10**6, struct_as_array=True)}`"

@@ -12,6 +12,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import VF, Args, RealScalarLike, Y
+from .._misc import add
 
 
 Divergence: TypeAlias = Float[Array, "..."]
@@ -41,20 +42,17 @@ def sum_like(tree: PyTree[Array], divergence: Divergence) -> Divergence:
     return total
 
 
-def add(*trees: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
-
-
 class GirsanovShift(eqx.Module):
     """By what the noise of the prior is moved to have the posterior: `u`, for each of
-    the noises. It is given, or what moves the drift from one to the other.
+    the noises. It is given as `shift`, or is what moves the drift from that of the
+    `prior` to the sum of the `drifts`, where `throw` says whether there has to be one.
     """
 
-    drifts: Sequence[Drift]
+    drifts: Sequence[diffrax.ODETerm]
     noises: Sequence[diffrax.ControlTerm]
-    prior: Drift | None
-    shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]] | None
-    throw: bool = eqx.field(static=True)
+    prior: Drift | None = None
+    shift: Callable[[RealScalarLike, Y, Args], PyTree[Array]] | None = None
+    throw: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self, t: RealScalarLike, y: Y, args: Args, divergence: Divergence
@@ -69,8 +67,7 @@ class GirsanovShift(eqx.Module):
             u = jtu.tree_map(jnp.asarray, self.shift(t, y, args))
             return ([u] if len(self.noises) == 1 else list(u)), None
         assert self.prior is not None
-        still = jtu.tree_map(jnp.zeros_like, y)
-        posterior = add(still, *(drift(t, y, args) for drift in self.drifts))
+        posterior = add(*(drift.vf_prod(t, y, args, 1) for drift in self.drifts))
         prior = self.prior(t, y, args)
         difference = jtu.tree_map(jnp.subtract, posterior, prior)
         size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
@@ -85,24 +82,17 @@ class GirsanovShift(eqx.Module):
                     "`lineax.DiagonalLinearOperator`). Use `jax.vmap` instead."
                 )
             u, product = _least_squares(self.noises, vfs, structs, difference)
-            largest = jnp.max(jnp.stack([jnp.max(x) for x in _nonempty(size)]))
+            of_leaves = jtu.tree_map(lambda x: jnp.max(x, initial=0), size)
+            largest = jtu.tree_reduce(jnp.maximum, of_leaves)
             size = jtu.tree_map(lambda x: largest.astype(x.dtype), size)
         else:
             u = [jtu.tree_map(_divide, difference, diagonal)]
             product = jtu.tree_map(jnp.multiply, diagonal, *u)
         is_off = jtu.tree_map(_is_off, product, difference, size)
+        num_off = sum_like(is_off, divergence)
         if self.throw:
-            is_any = jnp.array(False)
-            for x in jtu.tree_leaves(is_off):
-                is_any = is_any | jnp.any(x)
-            return eqx.error_if(u, is_any, _singular), None
-        if diagonal is None:
-            is_off = jtu.tree_map(jnp.any, is_off)
-        return u, sum_like(is_off, divergence)
-
-
-def _nonempty(tree: PyTree[Array]) -> list[Array]:
-    return [x for x in jtu.tree_leaves(tree) if x.size > 0]
+            return eqx.error_if(u, num_off > 0, _singular), None
+        return u, num_off
 
 
 def _is_off(

@@ -1,16 +1,6 @@
-r"""The Itô and the Stratonovich form of the same SDE.
+"""The Itô and the Stratonovich form of the same SDE."""
 
-With the columns $g_j$ of the diffusion,
-
-$\mathrm{d}y = f\,\mathrm{d}t + \sum_j g_j\,\mathrm{d}W^j \quad\text{(Itô)}
-\quad\Longleftrightarrow\quad
-\mathrm{d}y = (f - c)\,\mathrm{d}t + \sum_j g_j \circ \mathrm{d}W^j,
-\qquad c = \frac{1}{2} \sum_j \frac{\partial g_j}{\partial y} g_j$.
-
-Each summand is the derivative of `g_j` in the direction `g_j`: one JVP.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import diffrax
 import equinox as eqx
@@ -21,13 +11,13 @@ from jaxtyping import Array, PyTree
 
 from .._autodiff.dependence import depends_on
 from .._compat import Args, RealScalarLike, Y
-from .._term.base import Rate, is_single_term
+from .._misc import add, zeros_like
+from .._term.base import is_single_term
 from .._term.noise import (
     AbstractConvertedDrift,
     Sense,
-    check_independent,
-    has_own_control,
-    is_noise,
+    independent_noises,
+    with_drift,
     without_path,
 )
 
@@ -39,11 +29,11 @@ def correction(
     args: Args,
     elementwise: bool = False,
 ) -> Y | None:
-    """Half of the derivatives of the columns of the diffusion in their own directions,
-    as a rate of change of `y`; `None` if the diffusion does not depend on `y`.
+    r"""$\frac{1}{2} \sum_j \frac{\partial g_j}{\partial y} g_j$, with the columns $g_j$
+    of the diffusion, each of which takes one JVP: by how much the Itô drift is more
+    than the Stratonovich one. `None` if the diffusion does not depend on `y`.
     """
-    struct = eqx.filter_eval_shape(noise.contr, t, t)
-    zero = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+    zero = zeros_like(eqx.filter_eval_shape(noise.contr, t, t))
 
     def column(control: PyTree[Array]) -> Callable[[Y], Y]:
         return lambda y: noise.vf_prod(t, y, args, control)
@@ -69,41 +59,50 @@ def correction(
         return jtu.tree_map(lambda x: 0.5 * x, out)
 
     leaves, treedef = jtu.tree_flatten(zero)
-    total = None
-    for i, leaf in enumerate(leaves):
-        unit_vectors = jnp.eye(leaf.size, dtype=leaf.dtype)
 
-        def of_unit_vector(x, i=i, leaf=leaf):
-            others = [*leaves[:i], x.reshape(leaf.shape), *leaves[i + 1 :]]
+    def of_leaf(i):
+        def of_unit_vector(x):
+            others = [*leaves[:i], x.reshape(leaves[i].shape), *leaves[i + 1 :]]
             return derivative(jtu.tree_unflatten(treedef, others))
 
+        unit_vectors = jnp.eye(leaves[i].size, dtype=leaves[i].dtype)
         out = jax.vmap(of_unit_vector)(unit_vectors)
-        out = jtu.tree_map(lambda x: 0.5 * jnp.sum(x, axis=0), out)
-        total = out if total is None else jtu.tree_map(jnp.add, total, out)
-    return total
+        return jtu.tree_map(lambda x: 0.5 * jnp.sum(x, axis=0), out)
+
+    return add(*map(of_leaf, range(len(leaves))))
+
+
+def corrected(
+    drift: Y,
+    sense: Sense,
+    noises: Iterable[diffrax.AbstractTerm],
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
+    elementwise: bool = False,
+) -> Y:
+    """The value of a drift, with the corrections for some noises added to it or
+    subtracted: for the Itô solution, or the Stratonovich one.
+    """
+    for noise in noises:
+        change = correction(noise, t, y, args, elementwise)
+        if change is not None:
+            move = jnp.add if sense == "ito" else jnp.subtract
+            drift = jtu.tree_map(move, drift, change)
+    return drift
 
 
 class _CorrectedDrift(AbstractConvertedDrift):
-    """A drift, with the corrections for some noises added to it or subtracted: for the
-    Itô solution, or the Stratonovich one.
-    """
+    """A drift, corrected for some noises."""
 
-    drift: Callable[[RealScalarLike, Y, Args], Y] | None
+    drift: diffrax.ODETerm
     noises: Sequence[diffrax.AbstractTerm]
     sense: Sense = eqx.field(static=True)
     elementwise: bool = eqx.field(static=True)
 
     def __call__(self, t: RealScalarLike, y: Y, args: Args) -> Y:
-        if self.drift is None:
-            out = jtu.tree_map(jnp.zeros_like, y)
-        else:
-            out = self.drift(t, y, args)
-        for noise in self.noises:
-            change = correction(noise, t, y, args, self.elementwise)
-            if change is not None:
-                add = jnp.add if self.sense == "ito" else jnp.subtract
-                out = jtu.tree_map(add, out, change)
-        return out
+        drift = self.drift.vf_prod(t, y, args, 1)
+        return corrected(drift, self.sense, self.noises, t, y, args, self.elementwise)
 
 
 def ito_to_stratonovich(
@@ -112,8 +111,7 @@ def ito_to_stratonovich(
     r"""Terms whose Stratonovich solution is the Itô solution of `terms`.
 
     So an Itô model can be solved with a solver for Stratonovich SDEs, such as
-    [`diffrax_sde_adjoint.ReversibleHeun`][], and has exact gradients in constant
-    memory.
+    [`diffrax_sde_adjoint.ReversibleHeun`][].
 
     ```python
     terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
@@ -154,17 +152,15 @@ def ito_to_stratonovich(
     **Cost:**
 
     Each evaluation of the drift also makes one JVP of the diffusion for each number of
-    the noise, all at once (by `jax.vmap`), so that memory is that of so many
-    evaluations. It is one for scalar noise, and with `elementwise`; and none for
-    additive noise, which is recognised by the diffusion not depending on the state.
+    the noise, all at once, with the memory of so many evaluations; just one with
+    `elementwise`, and none if the diffusion does not depend on the state.
 
     !!! warning
 
         The gradient of the correction is made of second derivatives of the diffusion.
-        Those of a network with ReLUs are zero (almost everywhere), though the corners
-        take part in the correction: use a smooth activation in the diffusion, such as
-        `jax.nn.softplus`. And the derivative of a root is infinite at zero: keep it
-        away from there, as in `jnp.sqrt(jnp.maximum(variance, 1e-4))`.
+        Those of a network with ReLUs are zero (almost everywhere), and so wrong: use a
+        smooth activation, such as `jax.nn.softplus`. The derivative of a root is
+        infinite at zero: keep away, as in `jnp.sqrt(jnp.maximum(variance, 1e-4))`.
 
     !!! note
 
@@ -172,17 +168,8 @@ def ito_to_stratonovich(
         respect to arrays inside of terms, convert inside of the function that is
         differentiated.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @book{kloeden1992numerical,
-            author={Kloeden, Peter E. and Platen, Eckhard},
-            title={{N}umerical {S}olution of {S}tochastic {D}ifferential {E}quations},
-            year={1992},
-            publisher={Springer},
-            note={Section 4.9}
-        }
-        ```
+    Source: Kloeden and Platen, *Numerical Solution of Stochastic Differential
+    Equations*, Springer 1992, Section 4.9.
     """
     return _convert(terms, "stratonovich", elementwise, "ito_to_stratonovich")
 
@@ -208,11 +195,7 @@ def _convert(
             f"is of type `{type(terms).__name__}`."
         )
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
-    if not any(map(is_noise, leaves)):
-        raise ValueError(
-            f"`{name}(terms)` must have a term that is driven by a Brownian path: "
-            "otherwise there is nothing to convert."
-        )
+    noises = independent_noises(leaves, f"{name}(terms)", "there is nothing to convert")
     langevin = (
         diffrax.UnderdampedLangevinDriftTerm,
         diffrax.UnderdampedLangevinDiffusionTerm,
@@ -223,21 +206,15 @@ def _convert(
             "Their noise is additive, so that the Itô and the Stratonovich solution "
             "are the same: use them as they are."
         )
-    noises = [x for x in leaves if is_noise(x)]
-    check_independent(noises)
-    noises = [without_path(x) for x in noises]
     # The drift may be a user's own term too. It is a part of the new one, so that there
     # is no term more than before, for solvers that take just two.
-    is_drift = [
-        isinstance(x, diffrax.ODETerm) and not has_own_control(x) for x in leaves
-    ]
-    first = is_drift.index(True) if True in is_drift else None
-    drift = None if first is None else Rate(leaves[first])
-    corrected = diffrax.ODETerm(
+    first, leaves = with_drift(leaves)
+    leaves[first] = diffrax.ODETerm(
         _CorrectedDrift(
-            drift=drift, noises=noises, sense=sense, elementwise=elementwise
+            drift=leaves[first],
+            noises=[without_path(x) for x in noises],
+            sense=sense,
+            elementwise=elementwise,
         )
     )
-    if first is None:
-        return diffrax.MultiTerm(corrected, *leaves)
-    return diffrax.MultiTerm(*leaves[:first], corrected, *leaves[first + 1 :])
+    return diffrax.MultiTerm(*leaves)

@@ -1,12 +1,8 @@
 r"""The Kullback-Leibler divergence between the laws of two SDEs, along a solve.
 
-Let the posterior $Q$ and the prior $P$ be the laws of
-
-$\mathrm{d}y = f_Q\,\mathrm{d}t + g\,\mathrm{d}W$ and
-$\mathrm{d}y = f_P\,\mathrm{d}t + g\,\mathrm{d}W$,
-
-with the same diffusion, and let $g u = f_Q - f_P$. By Girsanov's theorem, along a
-solution of the first,
+Let the posterior $Q$ and the prior $P$ be the laws of two SDEs with drifts $f_Q$ and
+$f_P$ and the same diffusion $g$, and let $g u = f_Q - f_P$. By Girsanov's theorem,
+along a solution of the first,
 
 $\log\frac{\mathrm{d}Q}{\mathrm{d}P} = \frac{1}{2} \int |u|^2\,\mathrm{d}t
 + \int u^\top\,\mathrm{d}W,$
@@ -17,86 +13,35 @@ second, a diffusion of its own. Whether the SDEs are meant in the sense of Itô 
 Stratonovich makes no difference to $u$, as it does not to the difference of drifts.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import diffrax
 import equinox as eqx
-import jax
-import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from .._compat import VF, Args, RealScalarLike, Y
-from .._term.base import Rate, is_single_term
+from .._misc import add
+from .._term.base import is_single_term
 from .._term.noise import (
     Sense,
-    check_independent,
     has_own_control,
-    is_noise,
+    independent_noises,
+    with_drift,
     without_path,
 )
-from .girsanov import Divergence, Drift, GirsanovShift, add, sum_like
-from .ito import correction
-
-
-class _Augmented(lx.AbstractLinearOperator):
-    """A vector field `vf` of the solution, as `term` multiplies it with a control, and
-    a linear form for the divergence.
-    """
-
-    term: diffrax.ControlTerm
-    vf: VF
-    form: PyTree[Array] | None
-    divergence: Divergence
-    leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
-    treedef: Any = eqx.field(static=True)
-
-    def mv(self, vector: PyTree[Array]) -> tuple[Y, Divergence]:
-        divergence = jnp.asarray(self.divergence)
-        out = jnp.zeros_like(divergence)
-        if self.form is not None:
-            products = jtu.tree_map(lambda u, x: u * x, self.form, vector)
-            out = sum_like(products, divergence)
-        return self.term.prod(self.vf, vector), out
-
-    def as_matrix(self) -> Float[Array, "out in"]:
-        zero, unravel = jfu.ravel_pytree(
-            jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), self.in_structure())
-        )
-        mv = lambda x: jfu.ravel_pytree(self.mv(unravel(x)))[0]
-        return jax.jacfwd(mv)(zero)
-
-    def transpose(self) -> lx.AbstractLinearOperator:
-        return lx.FunctionLinearOperator(self.mv, self.in_structure()).T
-
-    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return jtu.tree_unflatten(self.treedef, self.leaves)
-
-    def out_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return eqx.filter_eval_shape(self.mv, self.in_structure())
-
-
-for _is in (
-    lx.is_symmetric,
-    lx.is_diagonal,
-    lx.is_tridiagonal,
-    lx.is_lower_triangular,
-    lx.is_upper_triangular,
-    lx.is_positive_semidefinite,
-    lx.is_negative_semidefinite,
-    lx.has_unit_diagonal,
-):
-    _is.register(_Augmented)(lambda operator: False)
+from .girsanov import Divergence, GirsanovShift, sum_like
+from .ito import corrected
 
 
 class _AugmentedDrift(eqx.Module):
-    """The drift of the solution, and that of the divergence."""
+    """The drift of the solution, and that of the divergence, which is corrected for
+    some noises: only the terms of the solution are in the sense of the solver already.
+    """
 
-    drift: Drift | None
+    drift: diffrax.ODETerm
     shift: GirsanovShift | None
     noises: Sequence[diffrax.ControlTerm]
 
@@ -104,10 +49,7 @@ class _AugmentedDrift(eqx.Module):
         self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
     ) -> tuple[Y, Divergence]:
         y, divergence = y_and_divergence
-        if self.drift is None:
-            out = jtu.tree_map(jnp.zeros_like, y)
-        else:
-            out = self.drift(t, y, args)
+        out = self.drift.vf_prod(t, y, args, 1)
         if self.shift is None:
             return out, jnp.zeros_like(divergence)
         u, is_infinite = self.shift(t, y, args, divergence)
@@ -117,15 +59,16 @@ class _AugmentedDrift(eqx.Module):
         rate = sum_like(jtu.tree_map(lambda x: 0.5 * x**2, u), divergence)
         if is_infinite is not None:
             rate = jnp.where(is_infinite > 0, jnp.nan, rate)
-        for noise in self.noises:
-            change = correction(noise, t, y_and_divergence, args)
-            if change is not None:
-                rate = rate - change[1]
+        _, rate = corrected(
+            (out, rate), "stratonovich", self.noises, t, y_and_divergence, args
+        )
         return out, rate
 
 
 class _AugmentedDiffusion(eqx.Module):
-    """The diffusion of the solution, and that of the divergence, if it has one."""
+    """The diffusion of the solution, and that of the divergence, if it has one: the
+    part of `shift` number `index`, as a linear form.
+    """
 
     noise: diffrax.ControlTerm
     shift: GirsanovShift | None
@@ -133,24 +76,31 @@ class _AugmentedDiffusion(eqx.Module):
 
     def __call__(
         self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
-    ) -> _Augmented:
+    ) -> tuple[VF, PyTree[Array] | None, Divergence]:
         y, divergence = y_and_divergence
-        vf = self.noise.vf(t, y, args)
         form = None
         if self.shift is not None:
             assert self.index is not None
             u, _ = self.shift(t, y, args, divergence)
             form = u[self.index]
-        struct = eqx.filter_eval_shape(self.noise.contr, t, t)
-        leaves, treedef = jtu.tree_flatten(struct)
-        # Not itself: solvers for additive noise look for the state in what this is.
-        like = jnp.zeros_like(divergence)
-        term = self.noise
-        if type(term).prod is diffrax.ControlTerm.prod:
-            # This needs nothing of the term, and an operator is to consist of arrays.
-            parts = lambda term: (term.vector_field, term.control)
-            term = eqx.tree_at(parts, term, (None, None))
-        return _Augmented(term, vf, form, like, tuple(leaves), treedef)
+        # Not the divergence itself: solvers for additive noise look for the state in
+        # what this is.
+        return self.noise.vf(t, y, args), form, jnp.zeros_like(divergence)
+
+
+class _AugmentedNoise(diffrax.ControlTerm):
+    """A term of the solution and of the divergence."""
+
+    vector_field: _AugmentedDiffusion  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def prod(
+        self, vf: tuple[VF, PyTree[Array] | None, Divergence], control: PyTree[Array]
+    ) -> tuple[Y, Divergence]:
+        vf, form, divergence = vf
+        if form is not None:
+            products = jtu.tree_map(jnp.multiply, form, control)
+            divergence = sum_like(products, divergence)
+        return self.vector_field.noise.prod(vf, control), divergence
 
 
 def path_kl(
@@ -174,27 +124,15 @@ def path_kl(
 
     The state is a pair of that of `terms`, any PyTree, and of the divergence so far,
     which grows at the rate $\frac{1}{2} |u|^2$ with $g u = f_Q - f_P$. Here $f_Q$ is
-    the drift of `terms`, $f_P$ that of the prior, and $g$ the diffusion of both. This
-    is the integral along one path; its mean over paths is the divergence between the
-    two laws, given that they start in the same state. (The divergence of the initial
-    distributions is to be added.) What an interval adds is the difference of what is
-    saved at its ends.
+    the drift of `terms`, $f_P$ that of the prior, and $g$ the diffusion of both. Its
+    mean over paths is the divergence between the two laws, to which that of the initial
+    distributions is to be added.
 
-    - *Noise*: diagonal noise (`lineax.DiagonalLinearOperator`; or scalar states and
-        noise) takes a division. Any other, such as scalar, additive or general noise,
-        of one path or several, takes the smallest $u$ of a least-squares problem, by a
-        singular value decomposition (`lineax.SVD`) of the diffusion.
-    - *Zero or singular diffusion*: where $f_Q - f_P$ is zero to rounding in what the
-        noise does not reach, $u$ is zero in it. Elsewhere the divergence would be
-        infinite, and an error is raised.
-    - *Batches*: in a state that is a batch with diagonal noise, the divergence may be
-        one of each element: then its shape is that of the first axes of the noise.
-    - *Solvers*: any that takes the terms, in the sense (Itô or Stratonovich) that they
-        are meant in; and any adjoint. Convert Itô models afterwards, as in
-        `ito_to_stratonovich(path_kl(terms, prior))`. An adaptive step size controller
-        sees the divergence as part of the state.
-    - *Direction*: solve forwards in time. Backwards, what is carried has the opposite
-        sign.
+    In a state that is a batch with diagonal noise, the divergence may be one of each
+    element: then its shape is that of the first axes of the noise. Solve forwards in
+    time, in the sense that `terms` are meant in, or convert them afterwards, as in
+    `ito_to_stratonovich(path_kl(terms, prior))`. The
+    [page of this function](path_kl.md#what-it-takes) has more on noise and solvers.
 
     **Arguments:**
 
@@ -228,32 +166,20 @@ def path_kl(
     **Cost:**
 
     Each evaluation of the drift makes one each of the drift of the prior and of the
-    diffusion. With `log_ratio="stratonovich"` it also makes one JVP of them for each
-    number of the noise, for the difference between the two kinds of integral.
+    diffusion, and if this is not diagonal, its singular value decomposition. With
+    `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
+    noise, for the difference between the two kinds of integral.
 
     !!! note
 
-        The result refers to what is in the vector fields of `terms` more than once. To
-        differentiate with respect to arrays inside of terms, call this inside of the
+        The result refers to what is in the vector fields more than once. To
+        differentiate with respect to arrays inside of `terms`, call this inside of the
         function that is differentiated.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{li2020scalable,
-            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
-                    Duvenaud, David},
-            title={{S}calable {G}radients for {S}tochastic {D}ifferential
-                   {E}quations},
-            booktitle={International Conference on Artificial Intelligence and
-                       Statistics},
-            year={2020},
-            note={Section 5}
-        }
-        ```
+    Source: Li, Wong, Chen and Duvenaud, *Scalable Gradients for Stochastic Differential
+    Equations*, AISTATS 2020, Section 5.
     """
-    make_shift = functools.partial(GirsanovShift, prior=prior, shift=None, throw=throw)
-    return _augment(terms, make_shift, log_ratio, "path_kl")
+    return _augment(terms, log_ratio, "path_kl", prior=prior, throw=throw)
 
 
 def path_kl_of_shift(
@@ -293,15 +219,14 @@ def path_kl_of_shift(
     `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
     noise.
     """
-    make_shift = functools.partial(GirsanovShift, prior=None, shift=shift, throw=False)
-    return _augment(terms, make_shift, log_ratio, "path_kl_of_shift")
+    return _augment(terms, log_ratio, "path_kl_of_shift", shift=shift)
 
 
 def _augment(
     terms: PyTree[diffrax.AbstractTerm],
-    make_shift: Callable[..., GirsanovShift],
     log_ratio: str | None,
     name: str,
+    **posterior: Any,
 ) -> diffrax.MultiTerm:
     if log_ratio not in (None, *get_args(Sense)):
         raise ValueError(
@@ -321,39 +246,30 @@ def _augment(
                 "has a method `contr` of its own. Let its control be that of the class "
                 "that it is derived from, and scale it in `prod`."
             )
-    noises = [x for x in leaves if is_noise(x)]
-    if len(noises) == 0:
-        raise ValueError(
-            f"`{name}(terms, ...)` must have a term that is driven by a Brownian path: "
-            "otherwise no two laws have a finite divergence, but equal ones."
-        )
-    check_independent(noises)
-    drifts = [Rate(x) for x in leaves if isinstance(x, diffrax.ODETerm)]
-    shift = make_shift(drifts=drifts, noises=[without_path(x) for x in noises])
+    noises = independent_noises(
+        leaves,
+        f"{name}(terms, ...)",
+        "no two laws have a finite divergence, but equal ones",
+    )
+    first, leaves = with_drift(leaves)
+    drifts = [x for x in leaves if isinstance(x, diffrax.ODETerm)]
+    shift = GirsanovShift(drifts, [without_path(x) for x in noises], **posterior)
 
-    def diffusion(term: diffrax.ControlTerm) -> _AugmentedDiffusion:
+    def augment_noise(term: diffrax.ControlTerm) -> _AugmentedNoise:
         index = next((i for i, x in enumerate(noises) if x is term), None)
-        is_form = index is not None and log_ratio is not None
-        return _AugmentedDiffusion(
-            without_path(term), shift if is_form else None, index
-        )
+        its_shift = None if index is None or log_ratio is None else shift
+        diffusion = _AugmentedDiffusion(without_path(term), its_shift, index)
+        return _AugmentedNoise(diffusion, term.control)
 
-    corrected = []
+    corrections = []
     if log_ratio == "stratonovich":
-        corrected = [
-            diffrax.ControlTerm(diffusion(x), without_path(x).control) for x in noises
-        ]
+        corrections = [without_path(augment_noise(x)) for x in noises]
     augmented = []
-    if len(drifts) == 0:
-        augmented.append(diffrax.ODETerm(_AugmentedDrift(None, shift, corrected)))
-    is_first = True
-    for leaf in leaves:
+    for i, leaf in enumerate(leaves):
         if isinstance(leaf, diffrax.ControlTerm):
-            new = diffrax.ControlTerm(diffusion(leaf), leaf.control)
+            augmented.append(augment_noise(leaf))
         else:
-            new = diffrax.ODETerm(
-                _AugmentedDrift(Rate(leaf), shift if is_first else None, corrected)
-            )
-            is_first = False
-        augmented.append(new)
+            # The divergence is a matter of all drifts together, and is in the first.
+            drift = _AugmentedDrift(leaf, shift if i == first else None, corrections)
+            augmented.append(diffrax.ODETerm(drift))
     return diffrax.MultiTerm(*augmented)

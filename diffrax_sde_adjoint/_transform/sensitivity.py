@@ -2,21 +2,17 @@ r"""Derivatives of the solution of an SDE, solved forwards together with it.
 
 In a direction $(\dot y_0, \dot\theta)$ of the initial state and the parameters, the
 derivative $\dot y$ of the solution of
-
-$\mathrm{d}y = f(y, \theta)\,\mathrm{d}t + g(y, \theta)\,\mathrm{d}W$
-
-is itself the solution of an SDE, along the same path,
+$\mathrm{d}y = f(y, \theta)\,\mathrm{d}t + g(y, \theta)\,\mathrm{d}W$ is itself that of
 
 $\mathrm{d}\dot y
-= \left( \frac{\partial f}{\partial y} \dot y
-+ \frac{\partial f}{\partial \theta} \dot\theta \right) \mathrm{d}t
-+ \left( \frac{\partial g}{\partial y} \dot y
-+ \frac{\partial g}{\partial \theta} \dot\theta \right) \mathrm{d}W,$
+= (\partial_y f\,\dot y + \partial_\theta f\,\dot\theta)\,\mathrm{d}t
++ (\partial_y g\,\dot y + \partial_\theta g\,\dot\theta)\,\mathrm{d}W,$
 
-in the sense (Itô or Stratonovich) of the first one: the derivative of its stochastic
-flow. All of it is one JVP of each vector field.
+along the same path and in the same sense (Itô or Stratonovich): one JVP of each vector
+field.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import diffrax
@@ -39,7 +35,7 @@ def _check(tree: PyTree[Array], dot_tree: PyTree[Array], name: str) -> PyTree[Ar
     """
 
     def check(x: Any, dot_x: Any) -> Any:
-        if x is None or dot_x is None:
+        if dot_x is None or not eqx.is_inexact_array(x):
             return None
         if jnp.ndim(dot_x) == 0 or jnp.shape(dot_x)[1:] != jnp.shape(x):
             raise ValueError(
@@ -49,10 +45,28 @@ def _check(tree: PyTree[Array], dot_tree: PyTree[Array], name: str) -> PyTree[Ar
             )
         return jnp.asarray(dot_x, jnp.result_type(x))
 
-    is_none = lambda x: x is None
     if dot_tree is None:
         return jtu.tree_map(lambda _: None, tree)
-    return jtu.tree_map(check, tree, dot_tree, is_leaf=is_none)
+    return jtu.tree_map(check, tree, dot_tree)
+
+
+def _push_forward(
+    fn: Callable, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> _WithTangents:
+    """`fn` of the primals, and its derivatives in all directions."""
+
+    def in_one_direction(tangents):
+        out, dot_out = eqx.filter_jvp(fn, primals, tangents)
+        # Where nothing moves, there is `None`.
+        is_still = lambda x, dot_x: dot_x is None and eqx.is_inexact_array(x)
+        return out, jtu.tree_map(
+            lambda x, dot_x: jnp.zeros_like(x) if is_still(x, dot_x) else dot_x,
+            out,
+            dot_out,
+        )
+
+    in_all = eqx.filter_vmap(in_one_direction, out_axes=(None, eqx.if_array(0)))
+    return in_all(tangents)
 
 
 class _Sensitivity(diffrax.AbstractTerm):
@@ -60,49 +74,27 @@ class _Sensitivity(diffrax.AbstractTerm):
 
     term: diffrax.AbstractTerm
 
-    def _push_forward(
-        self, fn: Any, y: _WithTangents, args: _WithTangents
+    def _of_state_and_args(
+        self, fn: Callable, y: _WithTangents, args: _WithTangents
     ) -> _WithTangents:
         """`fn` of the solution and `args`, and its derivatives."""
         (y, dot_y), (args, dot_args) = y, args
-        diff_args, nondiff_args = eqx.partition(args, eqx.is_inexact_array)
-        dot_args = _check(diff_args, dot_args, "args = (args, dot_args)")
         dot_y = _check(y, dot_y, "y0 = (y0, dot_y0)")
-
-        def push_forward(dot_y, dot_args):
-            out, dot_out = eqx.filter_jvp(
-                lambda y, diff_args: fn(y, eqx.combine(diff_args, nondiff_args)),
-                (y, diff_args),
-                (dot_y, dot_args),
-            )
-            # Where nothing moves, there is `None`.
-            return out, jtu.tree_map(
-                lambda x, dot_x: (
-                    jnp.zeros_like(x)
-                    if dot_x is None and eqx.is_inexact_array(x)
-                    else dot_x
-                ),
-                out,
-                dot_out,
-            )
-
-        return eqx.filter_vmap(push_forward, out_axes=(None, eqx.if_array(0)))(
-            dot_y, dot_args
-        )
+        dot_args = _check(args, dot_args, "args = (args, dot_args)")
+        return _push_forward(fn, (y, args), (dot_y, dot_args))
 
     def vf(self, t: RealScalarLike, y: _WithTangents, args: _WithTangents) -> VF:
-        return self._push_forward(lambda y, args: self.term.vf(t, y, args), y, args)
+        fn = lambda y, args: self.term.vf(t, y, args)
+        return self._of_state_and_args(fn, y, args)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: Any) -> PyTree:
         return self.term.contr(t0, t1, **kwargs)
 
     def prod(self, vf: VF, control: PyTree[Array]) -> _WithTangents:
         vf, dot_vf = vf
-        product = lambda vf: self.term.prod(vf, control)
         # Not the product with `dot_vf`: it is linear in what an operator does, but the
         # operator need not be linear in its arrays.
-        of_one = lambda dot_vf: eqx.filter_jvp(product, (vf,), (dot_vf,))[1]
-        return product(vf), eqx.filter_vmap(of_one)(dot_vf)
+        return _push_forward(lambda vf: self.term.prod(vf, control), (vf,), (dot_vf,))
 
     def vf_prod(
         self,
@@ -112,7 +104,7 @@ class _Sensitivity(diffrax.AbstractTerm):
         control: PyTree[Array],
     ) -> _WithTangents:
         fn = lambda y, args: self.term.vf_prod(t, y, args, control)
-        return self._push_forward(fn, y, args)
+        return self._of_state_and_args(fn, y, args)
 
     def is_vf_expensive(
         self,
@@ -141,10 +133,9 @@ def forward_sensitivity(terms: PyTree[diffrax.AbstractTerm]) -> diffrax.Abstract
     steps of constant size. In contrast to it, they are there at every time at which the
     solution is saved, as a part of it.
 
-    For a gradient this takes a direction for each parameter, where
-    [`diffrax_sde_adjoint.StochasticAdjoint`][] takes one sweep for all of them. It is
-    for few parameters, for derivatives of many outputs, or where the derivatives are
-    wanted along the way.
+    A gradient takes a direction for each parameter, where
+    [`diffrax_sde_adjoint.StochasticAdjoint`][] takes one sweep for all of them. So this
+    is for few parameters, many outputs, or derivatives that are wanted along the way.
 
     **Arguments:**
 
@@ -179,18 +170,8 @@ def forward_sensitivity(terms: PyTree[diffrax.AbstractTerm]) -> diffrax.Abstract
         these have general noise, unless noise is scalar or additive. Those of
         Milstein's, for commutative noise, still converge.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{tzen2019neural,
-            author={Tzen, Belinda and Raginsky, Maxim},
-            title={{N}eural {S}tochastic {D}ifferential {E}quations: {D}eep {L}atent
-                   {G}aussian {M}odels in the {D}iffusion {L}imit},
-            year={2019},
-            journal={arXiv preprint arXiv:1905.09883},
-            note={Section 5}
-        }
-        ```
+    Source: Tzen and Raginsky, *Neural Stochastic Differential Equations: Deep Latent
+    Gaussian Models in the Diffusion Limit*, arXiv:1905.09883, 2019, Section 5.
     """
     if not isinstance(terms, diffrax.AbstractTerm):
         raise ValueError(
