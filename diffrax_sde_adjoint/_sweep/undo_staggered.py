@@ -83,10 +83,12 @@ class StepToTheRight(eqx.Module):
     grad_control: PyTree[Array | None]
     grad_product: Y | None
 
-    def grad_parameters(
-        self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike
+    def add_grad(
+        self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike, grads: Parameters
     ) -> Parameters:
-        """The cotangent of the parameters, through the control."""
+        """Adds what comes through the control to the cotangents of the parameters."""
+        if self.grad_product is None:
+            return grads
         prod = lambda control: sweep.terms.prod(vf0, control)
         (more,) = eqx.filter_vjp(prod, self.control)[1](self.grad_product)
         grad_control = add_where_given(self.grad_control, more)
@@ -94,7 +96,8 @@ class StepToTheRight(eqx.Module):
             _evaluate_control, None, self.t0, self.t1
         )
         zeros = zeros_like(grad_control)
-        return pull_back(where_active(is_made, grad_control, zeros, sweep.axes))[0]
+        more, _ = pull_back(where_active(is_made, grad_control, zeros, sweep.axes))
+        return add_where_given(grads, more)
 
 
 class StaggeredState(eqx.Module):
@@ -107,27 +110,13 @@ class StaggeredState(eqx.Module):
 
 def undo_staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
-    control_is_wanted = _depends_on_parameters(sweep, page)
-    carry = _enter(sweep, page, carry, control_is_wanted)
-    step = lambda *x: _undo_step(sweep, page, control_is_wanted, *x)
+    carry = _enter(sweep, page, carry)
+    step = lambda *x: _undo_step(sweep, page, *x)
     carry = sweep.backwards(page.num_steps, step, carry)
-    return arrive_at_page(_leave(sweep, carry, control_is_wanted), page)
+    return arrive_at_page(_leave(sweep, carry), page)
 
 
-def _depends_on_parameters(sweep: Sweep, page: Page) -> bool:
-    """Whether the controls depend on what is differentiated."""
-    nondiff = sweep.parameters.nondiff
-    return depends_on(
-        lambda diff: _evaluate_control(
-            eqx.combine(diff, nondiff), None, page.ends[0], page.ends[1]
-        ),
-        sweep.parameters.diff,
-    )
-
-
-def _enter(
-    sweep: Sweep, page: Page, carry: SweepState, control_is_wanted: bool
-) -> SweepState:
+def _enter(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Gives the state at the end of a page the form in which steps are undone.
 
     To the right of the last step there is none, and so a control and cotangents of
@@ -137,7 +126,11 @@ def _enter(
     last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     no_control = zeros_like(eqx.filter_eval_shape(sweep.terms.contr, last.t0, last.t1))
     wanted = (None, None)
-    if control_is_wanted:
+    parameters = sweep.parameters
+    control_of = lambda diff: _evaluate_control(
+        eqx.combine(diff, parameters.nondiff), None, last.t0, last.t1
+    )
+    if depends_on(control_of, parameters.diff):
         grad_control = eqx.filter(no_control, eqx.is_inexact_array)
         wanted = (grad_control, zeros_like(carry.state.y))
     yhat, _ = carry.state.solver_state
@@ -150,7 +143,6 @@ def _enter(
 def _undo_step(
     sweep: Sweep,
     page: Page,
-    control_is_wanted: bool,
     k: Int[Array, ""],
     is_made: Bool[Array, ""],
     carry: SweepState,
@@ -182,11 +174,9 @@ def _undo_step(
     grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
     grad_parameters = add_where_given(grads.parameters, grad_parameters)
-    wanted = (None, None)
-    if control_is_wanted:
-        more = right.grad_parameters(sweep, vf1, step.is_made)
-        grad_parameters = add_where_given(grad_parameters, more)
-        wanted = (grad_control, grad_product)
+    grad_parameters = right.add_grad(sweep, vf1, step.is_made, grad_parameters)
+    is_wanted = right.grad_product is not None
+    wanted = (grad_control, grad_product) if is_wanted else (None, None)
     grad_y = _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
     minus_grad_yhat1 = jtu.tree_map(lambda x: -x, grad_yhat1)
     grad_state = SolveState(grad_y, (minus_grad_yhat1, grad_vf0))
@@ -207,16 +197,17 @@ def _undo_step(
     )
 
 
-def _leave(sweep: Sweep, carry: SweepState, control_is_wanted: bool) -> SweepState:
+def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     """Gives the state at the start of a page its usual form."""
     yhat, right = carry.state.yhat, carry.state.right
     vf = sweep.terms.vf(carry.next_t0, yhat, sweep.args)
-    if control_is_wanted:
-        more = right.grad_parameters(sweep, vf, True)
-        grad_parameters = add_where_given(carry.grads.parameters, more)
-        carry = eqx.tree_at(lambda c: c.grads.parameters, carry, grad_parameters)
+    grad_parameters = right.add_grad(sweep, vf, True, carry.grads.parameters)
     y = _add(carry.state.u, -0.5, sweep.terms.prod(vf, right.control))
-    return eqx.tree_at(lambda c: c.state, carry, SolveState(y, (yhat, vf)))
+    return eqx.tree_at(
+        lambda c: (c.state, c.grads.parameters),
+        carry,
+        (SolveState(y, (yhat, vf)), grad_parameters),
+    )
 
 
 def _evaluate_control(
