@@ -10,7 +10,7 @@ from ._compat import State
 from ._forward.saved import get_subs
 from ._forward.solve import Derivative, check_checkpoint_every, prepare, solve
 from ._solver import is_reversible
-from ._sweep import SweepRule, no_second_derivative
+from ._sweep import SweepRule
 
 
 _no_forward_mode = (
@@ -19,6 +19,11 @@ _no_forward_mode = (
     "instead, or `diffrax_sde_adjoint.forward_sensitivity`, or reverse mode "
     "(`jax.grad`, `jax.jacrev`). (Gradients can be differentiated in forward mode, as "
     "in `jax.hessian`.)"
+)
+_no_second_derivative = (
+    "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
+    "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
+    "or use `adjoint=diffrax.DirectAdjoint()` instead."
 )
 # Of a page of the tape, if there is nothing else to say how long one should be. It has
 # one more time than steps, and so 512 bytes in float64: see
@@ -137,15 +142,15 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         meter = kwargs["progress_meter"]
         derivative = Derivative(
             rule=SweepRule(
+                solver=solver,
                 save_steps=[sub.steps for sub in get_subs(kwargs["saveat"])],
                 has_progress_meter=type(meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             ),
-            residuals=solver,
             steps_per_page=steps_per_page,
             takes_snapshots=not is_reversible(solver)
             or self.checkpoint_every is not None,
-            no_second_derivative=no_second_derivative,
+            no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )
         return solve(self, derivative, **kwargs)

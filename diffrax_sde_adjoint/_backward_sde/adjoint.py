@@ -20,7 +20,7 @@ from .._solver import Reversible, ReversibleHeun
 from .._solver.stage_loops import without_loops
 from .._term.base import is_single_term
 from .checks import Equation, check_numerics, check_supported, instead
-from .rule import BackwardSDERule, Numerics, first_derivatives_only, no_numerics
+from .rule import BackwardSDERule, Numerics, no_numerics
 
 
 _no_solver_state = (
@@ -32,6 +32,9 @@ _no_forward_mode = (
     "`jax.jacfwd`, `jax.linearize`). Use `adjoint=diffrax.ForwardMode()` instead, or "
     "`diffrax_sde_adjoint.forward_sensitivity`, or reverse mode (`jax.grad`, "
     "`jax.jacrev`)."
+)
+_no_second_derivative = (
+    f"`adjoint=BackwardSDEAdjoint(...)` does not support second derivatives. {instead}"
 )
 
 
@@ -123,15 +126,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
                 "`BackwardSDEAdjoint(checkpoint_every=...)` needs "
                 "`diffeqsolve(..., max_steps=...)`, to know how many states to keep."
             )
-        equation = check_supported(
-            kwargs["solver"],
-            kwargs["terms"],
-            kwargs["saveat"],
-            kwargs["event"],
-            init_state.y,
+        equation = check_supported(**kwargs)
+        numerics = nondifferentiable(
+            self._numerics(equation, **kwargs), msg=no_numerics
         )
-        numerics = self._numerics(equation, init_state.tprev.dtype, **kwargs)
-        numerics = nondifferentiable(numerics, msg=no_numerics)
         if passed_solver_state:
             kwargs["init_state"] = eqx.tree_at(
                 lambda s: s.solver_state,
@@ -139,31 +137,31 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
                 nondifferentiable(init_state.solver_state, msg=_no_solver_state),
             )
         derivative = Derivative(
-            rule=BackwardSDERule(equation, throw),
-            residuals=(init_state.tprev, numerics),
+            rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),
             steps_per_page=self.checkpoint_every,
             takes_snapshots=True,
-            no_second_derivative=first_derivatives_only,
+            no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )
         state, aux = solve(self, derivative, **kwargs)
-        solver_state = nondifferentiable_backward(
-            state.solver_state, msg=_no_solver_state, symbolic=False
-        )
-        is_none = lambda x: x is None
         state = eqx.tree_at(
-            lambda s: s.solver_state, state, solver_state, is_leaf=is_none
+            lambda s: s.solver_state,
+            state,
+            replace_fn=lambda x: nondifferentiable_backward(
+                x, msg=_no_solver_state, symbolic=False
+            ),
+            is_leaf=lambda x: x is None,
         )
         return state, aux
 
     def _numerics(
         self,
         equation: Equation,
-        time_dtype: Any,
         *,
         solver,
         terms,
         stepsize_controller,
+        init_state,
         dt0,
         max_steps,
         **kwargs,
@@ -188,7 +186,11 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         return Numerics(
             solver=solver,
             stepsize_controller=controller.wrap(-1),
-            dt0=dt0 if self.dt0 is None else jnp.asarray(self.dt0, time_dtype),
+            dt0=(
+                dt0
+                if self.dt0 is None
+                else jnp.asarray(self.dt0, init_state.tprev.dtype)
+            ),
             max_steps=max_steps if self.max_steps is None else self.max_steps,
         )
 

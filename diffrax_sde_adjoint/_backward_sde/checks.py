@@ -10,10 +10,11 @@ import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from .._autodiff.dependence import depends_on
 from .._compat import RealScalarLike, Y, save_y
+from .._forward.records import Parameters
 from .._forward.saved import get_subs
 from .._misc import zeros_like
 from .._solver import has_layer
@@ -35,16 +36,9 @@ class Equation(NamedTuple):
     is_ito: bool
 
 
-def check_supported(
-    solver: diffrax.AbstractSolver,
-    terms: PyTree[diffrax.AbstractTerm],
-    saveat: diffrax.SaveAt,
-    event: diffrax.Event | None,
-    y: Y,
-) -> Equation:
-    """Raises an error if a solve is not supported, as it would be without a gradient
-    that is known to be right.
-    """
+def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Equation:
+    """Raises an error if a solve is not supported, by its arguments from `prepare`."""
+    del kwargs
     unsupported = lambda what: ValueError(
         f"`adjoint=BackwardSDEAdjoint(...)` does not support {what}. {instead}"
     )
@@ -58,7 +52,8 @@ def check_supported(
     if any(sub.fn is not save_y for sub in subs):
         raise unsupported("`SaveAt(fn=...)`")
     if not all(
-        jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in jtu.tree_leaves(y)
+        jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        for x in jtu.tree_leaves(init_state.y)
     ):
         raise unsupported("complex states")
 
@@ -138,7 +133,7 @@ def check_numerics(
         )
 
 
-def check_controls(forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike) -> None:
+def check_controls(forward: ForwardTerms, diff: Parameters, t: RealScalarLike) -> None:
     def controls(diff):
         terms, _ = forward.terms(diff)
         return [term.contr(t, t) for term in terms]
@@ -152,7 +147,7 @@ def check_controls(forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike) 
 
 
 def _noises(
-    forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike
+    forward: ForwardTerms, diff: Parameters, t: RealScalarLike
 ) -> list[tuple[int, PyTree[Array]]]:
     """The terms that are noise, each with a zero for its increment."""
     terms, _ = forward.terms(diff)
@@ -165,7 +160,7 @@ def _noises(
 
 def check_additive(
     forward: ForwardTerms,
-    diff: PyTree[Any],
+    diff: Parameters,
     solver: diffrax.AbstractSolver,
     t: Any,
     y: Y,
@@ -186,21 +181,19 @@ def check_additive(
 
 def does_not_commute(
     forward: ForwardTerms,
-    diff: PyTree[Any],
+    diff: Parameters,
     solver: diffrax.AbstractSolver,
     t: Any,
     y: Y,
-) -> Bool[Array, ""] | None:
-    """Whether, for a Milstein solver, the columns of the diffusion have Lie brackets;
-    `None` if they have none for sure.
-    """
+) -> Bool[ArrayLike, ""]:
+    """Whether the columns of the diffusion have Lie brackets, for a Milstein solver."""
     milstein = (diffrax.StratonovichMilstein, diffrax.ItoMilstein)
     noises = _noises(forward, diff, t)
-    if not has_layer(solver, milstein) or len(noises) == 0:
-        return None
+    if not has_layer(solver, milstein):
+        return False
     flat, unravel = jfu.ravel_pytree([zero for _, zero in noises])
-    if flat.size == 1:
-        return None
+    if flat.size <= 1:
+        return False
 
     def column(y, unit):
         parts = [

@@ -6,14 +6,15 @@ state of the solver, the time of an event or the output of `diffeqsolve`, is
 differentiated by JAX.
 """
 
-import functools as ft
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
 
-from .._autodiff.custom_derivative import Rule, detach, with_derivative
+from .._autodiff.custom_derivative import detach, with_derivative
 from .._brownian.costly_steps import warn_of_costly_steps
 from .._compat import (
     State,
@@ -24,10 +25,11 @@ from .._compat import (
 )
 from .._solver import ReversibleHeun, carried, check_sense
 from .._solver.stage_loops import in_forward_mode, without_loops
+from .._term.base import with_weak_directions
 from .._term.hoisted import hoist_closures, hoist_save_fns
 from .controllers import close_over_controller, may_jump
-from .gradient_in_times import Loop, distinct, split_times
-from .records import Parameters, Recorded, Start
+from .gradient_in_times import distinct, split_times
+from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
@@ -38,13 +40,17 @@ _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
 class Derivative(NamedTuple):
     """How a solve is differentiated.
 
-    The inputs of `rule` are `Parameters` and a `Start`, and it gets what was `Recorded`
-    together with `residuals`. With `steps_per_page` there is a tape of pages of so many
-    steps, and the state at the start of each is kept if it `takes_snapshots`.
+    `rule(parameters, start, perturbed, recorded, final_state, grad_final_state)` finds
+    the cotangents of the first two, and whether these are to be replaced by NaN.
+    `perturbed` has `True` for each array in `start` that is differentiated. With
+    `steps_per_page` there is a tape of pages of so many steps, and the state at the
+    start of each is kept if it `takes_snapshots`.
     """
 
-    rule: Rule
-    residuals: Any
+    rule: Callable[
+        [Differentiated, Start, Start, Recorded, State, State],
+        tuple[tuple[Parameters, Start], Bool[Array, ""]],
+    ]
     steps_per_page: int | None
     takes_snapshots: bool
     no_second_derivative: str
@@ -121,20 +127,33 @@ def solve(
     )
     t1, stepsize_controller = distinct((t1, stepsize_controller))
     times = distinct(_get_times(init_state))
-    init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
+    init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=lambda x: x is None)
+    times = (t1, stepsize_controller, times)
     subs = get_subs(saveat)
-    loop = ft.partial(
-        _loop,
-        derivative=derivative,
-        name=name,
-        parameters=Parameters(
-            terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
-        ),
-        times=(t1, stepsize_controller, times),
-        may_have_gaps=init_state.made_jump is not False
-        or may_jump(stepsize_controller),
-        sees_solution=sees_solution,
+    parameters = Parameters(
+        terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
     )
+    may_have_gaps = init_state.made_jump is not False or may_jump(stepsize_controller)
+
+    def loop(cond_fun, body_fun, init_state, **kwargs):
+        run = lambda init_state: _run(
+            cond_fun, body_fun, init_state, derivative, may_have_gaps, **kwargs
+        )
+        final_state = _with_derivative(
+            derivative, run, parameters, init_state, times, sees_solution
+        )
+        return eqx.tree_at(
+            lambda s: s.controller_state,
+            final_state,
+            replace_fn=lambda x: nondifferentiable_backward(
+                x,
+                msg=f"`adjoint={name}()` does not differentiate the output "
+                f"`controller_state`. {_instead}",
+                symbolic=False,
+            ),
+            is_leaf=lambda x: x is None,
+        )
+
     return integration_loop(
         adjoint,
         args=args,
@@ -151,32 +170,16 @@ def solve(
     )
 
 
-def _loop(
-    cond_fun,
-    body_fun,
-    init_state,
-    *,
-    max_steps,
-    buffers,
+def _with_derivative(
     derivative: Derivative,
-    name: str,
+    run: Callable[[State], tuple[State, Tape | None]],
     parameters: Parameters,
-    times,
-    may_have_gaps: bool,
+    init_state: State,
+    times: PyTree[Any],
     sees_solution: bool,
 ) -> State:
-    """The loop over the steps of a solve, with its derivative."""
-
-    run = lambda init_state: _run(
-        cond_fun,
-        body_fun,
-        init_state,
-        derivative,
-        may_have_gaps,
-        max_steps=max_steps,
-        buffers=buffers,
-    )
-    loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)
+    """The final state of a loop, with its derivative."""
+    loop = eqx.Partial(eqx.filter_closure_convert(run, init_state), init_state)
     of_times, loop = split_times(loop, times)
     start = Start(
         SolveState(init_state.y, init_state.solver_state),
@@ -188,25 +191,34 @@ def _loop(
         eqx.combine(detached_start.times, loop)(), msg=derivative.no_second_derivative
     )
     num_saved = [x.save_index for x in get_save_states(init_state)]
-    final_state = with_derivative(
-        derivative.rule,
+    return with_derivative(
+        _pull_back,
         parameters,
         start,
-        (Recorded(tape, num_saved, loop, sees_solution), derivative.residuals),
+        (Recorded(tape, num_saved, loop, sees_solution), derivative),
         final_state,
         no_forward_mode=derivative.no_forward_mode,
     )
-    return eqx.tree_at(
-        lambda s: s.controller_state,
+
+
+def _pull_back(
+    perturbed, inputs, residuals, final_state, grad_final_state, axes
+) -> tuple[Parameters, Start, Bool[Array, ""]]:
+    """The rule for the derivative of every loop, by that of its `Derivative`."""
+    (parameters, start), (is_perturbed, start_is_perturbed) = inputs, perturbed
+    recorded, derivative = residuals
+    terms = with_weak_directions(parameters.terms)
+    parameters = eqx.tree_at(lambda p: p.terms, parameters, terms)
+    grads, is_wrong = derivative.rule(
+        Differentiated(*eqx.partition(parameters, is_perturbed), axes),
+        start,
+        start_is_perturbed,
+        recorded,
         final_state,
-        replace_fn=lambda x: nondifferentiable_backward(
-            x,
-            msg=f"`adjoint={name}()` does not differentiate the output "
-            f"`controller_state`. {_instead}",
-            symbolic=False,
-        ),
-        is_leaf=_is_none,
+        grad_final_state,
     )
+    grads = nondifferentiable_backward(grads, msg=derivative.no_second_derivative)
+    return *grads, is_wrong
 
 
 def _run(
@@ -239,7 +251,3 @@ def _get_times(state: State) -> tuple[Any, ...]:
         state.event_tprev,
         state.event_tnext,
     )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

@@ -8,7 +8,6 @@ of this from the last to the first. What is saved before the first step and afte
 last one does not pass through here: JAX differentiates it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +21,9 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .._autodiff.batched_vjp import any_of, where_active
 from .._compat import DenseInfo, RealScalarLike, Y
 from .._forward.records import Cotangents, Differentiated, Parameters
+from .._forward.saved import Position
 from .._forward.tape import Step
 from .._misc import add_where_given, zeros_like
-
-
-class Position(eqx.Module):
-    """How far a `SubSaveAt` had come: the number of its `ts`, and that of all of its
-    outputs, which were saved before the end of a step.
-    """
-
-    ts_index: Int[Array, ""]
-    save_index: Int[Array, ""]
 
 
 class SavedOutputs(eqx.Module):
@@ -78,7 +69,7 @@ class SavedOutputs(eqx.Module):
 
             def more(i=i, num_left=num_left, is_saved=is_saved, evaluate=evaluate):
                 grad = self._grad_output(i, num_left)
-                of_output = parameters.only(functools.partial(self._relevant, i))
+                of_output = parameters.only(self._of_output(i))
                 _, pull_back = of_output.vjp(evaluate, y1, next_t0)
                 return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
 
@@ -128,13 +119,13 @@ class SavedOutputs(eqx.Module):
             if ts is None or len(ts) == 0:
                 continue
             # The others are not carried through the loop.
-            relevant = self._relevant(i, grad_parameters)
+            relevant = eqx.filter(grad_parameters, self._of_output(i))
             positions[i], relevant, grad_info = self._add_grad_ts(
                 i,
                 step,
                 dense_info,
                 interpolation_cls,
-                parameters.only(functools.partial(self._relevant, i)),
+                parameters.only(self._of_output(i)),
                 (positions[i], relevant, grad_info),
             )
             grad_parameters = eqx.combine(relevant, grad_parameters)
@@ -187,17 +178,10 @@ class SavedOutputs(eqx.Module):
 
         return lax.while_loop(is_any_left, add_grad, carry)
 
-    def _relevant(self, i: int, parameters: Parameters) -> Parameters:
-        """The parameters that `SubSaveAt` number `i` depends on, of arrays that are
-        differentiated or of their cotangents.
-        """
-        keep_if = lambda pred, tree: jtu.tree_map(lambda x: x if pred else None, tree)
-        return Parameters(
-            keep_if(False, parameters.terms),
-            keep_if(self.sees_args[i], parameters.args),
-            [keep_if(i == j, fn) for j, fn in enumerate(parameters.save_fns)],
-            [keep_if(i == j, ts) for j, ts in enumerate(parameters.save_ts)],
-        )
+    def _of_output(self, i: int) -> Parameters:
+        """Which parameters `SubSaveAt` number `i` depends on."""
+        is_one = [i == j for j in range(len(self.steps))]
+        return Parameters(False, self.sees_args[i], is_one, is_one)
 
     def _grad_output(self, i: int, index: Int[Array, ""]) -> Any:
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])

@@ -39,11 +39,12 @@ from .._forward.records import (
     of_step,
 )
 from .._forward.return_error import ReturnError
+from .._forward.saved import Position
 from .._forward.tape import Page, SolveState, Step, Tape
 from .._misc import add_where_given, in_scope, zeros_like
 from .._solver.stage_loops import in_forward_mode
 from .._term.known_control import evaluate_controls, with_controls
-from .saved_outputs import Position, SavedOutputs
+from .saved_outputs import SavedOutputs
 
 
 class SweepState(eqx.Module):
