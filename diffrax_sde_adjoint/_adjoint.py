@@ -121,24 +121,18 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         check_checkpoint_every("StochasticAdjoint", self.checkpoint_every)
 
     def loop(
-        self=None,
-        *,
-        throw,
-        passed_solver_state,
-        passed_controller_state,
-        **kwargs,
+        self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
     ) -> tuple[State, Any]:
         del passed_solver_state, passed_controller_state
         kwargs = prepare(self, "StochasticAdjoint", **kwargs)
         assert self is not None
         solver, max_steps = kwargs["solver"], kwargs["max_steps"]
+        is_undone = is_reversible(solver)
         steps_per_page = self.checkpoint_every
-        if steps_per_page is None and max_steps is not None:
-            steps_per_page = (
-                _steps_per_page
-                if is_reversible(solver)
-                else max(1, math.ceil(math.sqrt(max_steps)))
-            )
+        if steps_per_page is None and is_undone:
+            steps_per_page = _steps_per_page
+        elif steps_per_page is None and max_steps is not None:
+            steps_per_page = max(1, math.ceil(math.sqrt(max_steps)))
         meter = kwargs["progress_meter"]
         derivative = Derivative(
             rule=SweepRule(
@@ -148,8 +142,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 throw=throw,
             ),
             steps_per_page=steps_per_page,
-            takes_snapshots=not is_reversible(solver)
-            or self.checkpoint_every is not None,
+            takes_snapshots=not is_undone or self.checkpoint_every is not None,
             no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )

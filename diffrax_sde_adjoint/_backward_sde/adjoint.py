@@ -131,10 +131,11 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
             self._numerics(equation, **kwargs), msg=no_numerics
         )
         if passed_solver_state:
+            solver_state = nondifferentiable(
+                init_state.solver_state, msg=_no_solver_state
+            )
             kwargs["init_state"] = eqx.tree_at(
-                lambda s: s.solver_state,
-                init_state,
-                nondifferentiable(init_state.solver_state, msg=_no_solver_state),
+                lambda s: s.solver_state, init_state, solver_state
             )
         derivative = Derivative(
             rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),
@@ -172,6 +173,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         del kwargs
         if self.solver is not None:
             solver = without_loops(self.solver)
+        if self.dt0 is not None:
+            dt0 = jnp.asarray(self.dt0, init_state.tprev.dtype)
+        if self.max_steps is not None:
+            max_steps = self.max_steps
         # As every step starts from the solution alone, these make the steps of others.
         if type(solver) in (diffrax.ReversibleHeun, ReversibleHeun):
             solver = diffrax.Heun()
@@ -179,20 +184,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
             solver = solver.solver
         leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
         (direction, *_) = [direction_of(x) for x in leaves if isinstance(x, WrapTerm)]
-        controller = stepsize_controller
         if self.stepsize_controller is not None:
-            controller = self.stepsize_controller.wrap(direction)
-        check_numerics(equation, solver, controller)
-        return Numerics(
-            solver=solver,
-            stepsize_controller=controller.wrap(-1),
-            dt0=(
-                dt0
-                if self.dt0 is None
-                else jnp.asarray(self.dt0, init_state.tprev.dtype)
-            ),
-            max_steps=max_steps if self.max_steps is None else self.max_steps,
-        )
+            stepsize_controller = self.stepsize_controller.wrap(direction)
+        check_numerics(equation, solver, stepsize_controller)
+        return Numerics(solver, stepsize_controller.wrap(-1), dt0, max_steps)
 
 
 BackwardSDEAdjoint.__init__.__doc__ = """**Arguments:**

@@ -65,24 +65,13 @@ def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Eq
     check_independent([x for x in leaves if is_noise(x)])
     roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
-    if "noise" in roles:
-        if not is_ito and not has_layer(solver, diffrax.AbstractStratonovichSolver):
-            raise unsupported(
-                f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
-                "converge to the Itô or the Stratonovich solution"
-            )
-        if is_ito:
-            _check_drift(roles)
-    return Equation(roles, is_ito and "noise" in roles)
-
-
-def _check_drift(roles: tuple[Role, ...]) -> None:
-    if "drift" not in roles:
-        raise ValueError(
-            "`BackwardSDEAdjoint` with a solver for Itô SDEs needs a drift to add a "
-            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
-            "may be zero, and the noise."
+    is_for_sdes = is_ito or has_layer(solver, diffrax.AbstractStratonovichSolver)
+    if "noise" in roles and not is_for_sdes:
+        raise unsupported(
+            f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
+            "converge to the Itô or the Stratonovich solution"
         )
+    return Equation(roles, is_ito and "noise" in roles)
 
 
 def _role(term: diffrax.AbstractTerm) -> Role:
@@ -103,6 +92,13 @@ def check_numerics(
     name = type(solver).__name__
     has_noise = "noise" in equation.roles
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
+    is_any_ito = equation.is_ito or (has_noise and is_ito)
+    if is_any_ito and "drift" not in equation.roles:
+        raise ValueError(
+            "`BackwardSDEAdjoint` with a solver for Itô SDEs needs a drift to add a "
+            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
+            "may be zero, and the noise."
+        )
     if has_layer(solver, (diffrax.AbstractFosterLangevinSRK, diffrax.LeapfrogMidpoint)):
         raise ValueError(
             f"`BackwardSDEAdjoint` does not support the solver `{name}` backwards in "
@@ -115,8 +111,6 @@ def check_numerics(
             f"`BackwardSDEAdjoint(solver={name}())` is not a solver for SDEs. Pass one "
             "that is, such as `diffrax.Heun()`."
         )
-    if has_noise and is_ito:
-        _check_drift(equation.roles)
     if type(controller) is diffrax.StepTo:
         raise ValueError(
             "`BackwardSDEAdjoint` does not support `StepTo`, as it also stops where "

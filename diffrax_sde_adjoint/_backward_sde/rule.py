@@ -267,12 +267,10 @@ class BackwardSDERule(eqx.Module):
         grad_solver_state = zeros_like(
             eqx.filter(start.state.solver_state, eqx.is_inexact_array)
         )
-        grad_start = Start(
-            state=SolveState(first.grad_y, grad_solver_state),
-            saved=saved,
-            times=jtu.tree_map(lambda _: None, start.times),
-        )
-        return self._checked((grad_parameters, grad_start), first, not_commutative)
+        state = SolveState(first.grad_y, grad_solver_state)
+        times = jtu.tree_map(lambda _: None, start.times)
+        grads = (grad_parameters, Start(state, saved, times))
+        return self._checked(grads, first, not_commutative)
 
     def _checked(
         self, grads: _T, first: _Carry, not_commutative: Bool[ArrayLike, ""]

@@ -56,39 +56,27 @@ class SweepRule(eqx.Module):
         self, parameters, start, perturbed, recorded, final_state, grad_final_state
     ):
         _check_supported(recorded)
-        save_fns = parameters.all.save_fns
-        size = _make_size_of_loss(final_state, grad_final_state, save_fns)
-        sweep = Sweep(
-            solver=(
-                summed_over_batches(self.solver) if parameters.axes else self.solver
-            ),
-            tape=recorded.tape,
-            init_y=start.state.y,
-            outputs=self._outputs(grad_final_state, save_fns),
-            parameters=parameters,
+        size = _make_size_of_loss(
+            final_state, grad_final_state, parameters.all.save_fns
         )
-        end = _end(sweep, final_state, grad_final_state, size)
-        first = _go(sweep, end, start.state)
-        grad_start = Start(
-            state=first.grads.state,
-            saved=cotangents_of_earlier(
-                recorded.num_saved, final_state, grad_final_state
-            ),
-            times=self._grad_times(start, perturbed, recorded, grad_final_state),
-        )
-        grads = (first.grads.parameters, grad_start)
-        return self._checked(grads, sweep, end, first, size)
-
-    def _outputs(self, grad_final_state: State, save_fns: list[Any]) -> SavedOutputs:
-        grad_save_states = get_save_states(grad_final_state)
-        return SavedOutputs(
+        solver = summed_over_batches(self.solver) if parameters.axes else self.solver
+        grad_saved = get_save_states(grad_final_state)
+        outputs = SavedOutputs(
             steps=self.save_steps,
-            sees_args=[fn is not save_y for fn in save_fns],
-            grad_ys=[x.ys for x in grad_save_states],
-            grad_ts=[x.ts for x in grad_save_states],
+            interpolation_cls=solver.interpolation_cls,
+            parameters=parameters,
+            grad_ys=[x.ys for x in grad_saved],
+            grad_ts=[x.ts for x in grad_saved],
             grad_dense_infos=grad_final_state.dense_infos,
             grad_event_dense_info=grad_final_state.event_dense_info,
         )
+        sweep = Sweep(solver, recorded.tape, start.state.y, outputs, parameters)
+        end = _end(sweep, final_state, grad_final_state, size)
+        first = _go(sweep, end, start.state)
+        saved = cotangents_of_earlier(recorded.num_saved, final_state, grad_final_state)
+        times = self._grad_times(start, perturbed, recorded, grad_final_state)
+        grads = (first.grads.parameters, Start(first.grads.state, saved, times))
+        return self._checked(grads, sweep, end, first, size)
 
     def _grad_times(
         self,

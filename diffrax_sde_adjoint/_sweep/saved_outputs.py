@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import any_of, where_active
-from .._compat import DenseInfo, RealScalarLike, Y
+from .._compat import DenseInfo, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Differentiated, Parameters
 from .._forward.saved import Position
 from .._forward.tape import Step
@@ -30,12 +30,12 @@ class SavedOutputs(eqx.Module):
     """The cotangents of all that is saved in the steps of a solve.
 
     Those of the outputs of each `SubSaveAt`, and of the `dense_info`s, have a leading
-    axis over steps or what was saved in them. Of each, `steps` is `SubSaveAt.steps`,
-    and `sees_args` whether it has a function, which may look at `args`.
+    axis over steps or what was saved in them. Of each, `steps` is `SubSaveAt.steps`.
     """
 
     steps: list[int] = eqx.field(static=True)
-    sees_args: list[bool] = eqx.field(static=True)
+    interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation]
+    parameters: Differentiated
     grad_ys: list[PyTree[Array | None]]
     grad_ts: list[Array]
     grad_dense_infos: PyTree[Array | None]
@@ -47,13 +47,12 @@ class SavedOutputs(eqx.Module):
         next_t0: RealScalarLike,
         y1: Y,
         positions: list[Position],
-        parameters: Differentiated,
         grads: Cotangents,
     ) -> tuple[list[Position], Cotangents]:
         """Adds what `SaveAt(steps=...)` saved at the end of a step to the cotangents of
         the parameters and of `y1`.
         """
-        axes = parameters.axes
+        axes = self.parameters.axes
         positions = list(positions)
         for i, num in enumerate(self.steps):
             if num == 0:
@@ -69,8 +68,7 @@ class SavedOutputs(eqx.Module):
 
             def more(i=i, num_left=num_left, is_saved=is_saved, evaluate=evaluate):
                 grad = self._grad_output(i, num_left)
-                of_output = parameters.only(self._of_output(i))
-                _, pull_back = of_output.vjp(evaluate, y1, next_t0)
+                _, pull_back = self._parameters_of(i).vjp(evaluate, y1, next_t0)
                 return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
 
             if num == 1:
@@ -95,9 +93,7 @@ class SavedOutputs(eqx.Module):
         step: Step,
         is_last: Bool[Array, ""],
         dense_info: DenseInfo,
-        interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
         positions: list[Position],
-        parameters: Differentiated,
         grads: Cotangents,
     ) -> tuple[list[Position], Cotangents, DenseInfo]:
         """The cotangent of the `dense_info` of a step, from what was saved within it;
@@ -115,18 +111,13 @@ class SavedOutputs(eqx.Module):
 
         positions = list(positions)
         grad_parameters = grads.parameters
-        for i, ts in enumerate(parameters.all.save_ts):
+        for i, ts in enumerate(self.parameters.all.save_ts):
             if ts is None or len(ts) == 0:
                 continue
             # The others are not carried through the loop.
             relevant = eqx.filter(grad_parameters, self._of_output(i))
             positions[i], relevant, grad_info = self._add_grad_ts(
-                i,
-                step,
-                dense_info,
-                interpolation_cls,
-                parameters.only(self._of_output(i)),
-                (positions[i], relevant, grad_info),
+                i, step, dense_info, (positions[i], relevant, grad_info)
             )
             grad_parameters = eqx.combine(relevant, grad_parameters)
         grads = eqx.tree_at(lambda g: g.parameters, grads, grad_parameters)
@@ -137,14 +128,12 @@ class SavedOutputs(eqx.Module):
         i: int,
         step: Step,
         dense_info: DenseInfo,
-        interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
-        parameters: Differentiated,
         carry: tuple[Position, Parameters, DenseInfo],
     ) -> tuple[Position, Parameters, DenseInfo]:
         """Adds what `SubSaveAt` number `i` saved at those of its `ts` that are within a
         step to the cotangents of the parameters and of `dense_info`.
         """
-        axes = parameters.axes
+        parameters, axes = self._parameters_of(i), self.parameters.axes
         ts = parameters.all.save_ts[i]
 
         def is_in_step(position):
@@ -160,7 +149,7 @@ class SavedOutputs(eqx.Module):
 
         def evaluate(parameters, dense_info, step, index):
             t = parameters.save_ts[i][index]
-            interpolation = interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
+            interpolation = self.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
             return _evaluate(i, t, interpolation.evaluate(t), parameters), t
 
         def add_grad(carry):
@@ -181,7 +170,12 @@ class SavedOutputs(eqx.Module):
     def _of_output(self, i: int) -> Parameters:
         """Which parameters `SubSaveAt` number `i` depends on."""
         is_one = [i == j for j in range(len(self.steps))]
-        return Parameters(False, self.sees_args[i], is_one, is_one)
+        # Without a function, what is saved is the solution.
+        has_fn = self.parameters.nondiff.save_fns[i] is not save_y
+        return Parameters(False, has_fn, is_one, is_one)
+
+    def _parameters_of(self, i: int) -> Differentiated:
+        return self.parameters.only(self._of_output(i))
 
     def _grad_output(self, i: int, index: Int[Array, ""]) -> Any:
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])

@@ -159,14 +159,12 @@ class Sweep(eqx.Module):
 
     def controls(
         self, step: Step
-    ) -> tuple[list[PyTree[Any]], Callable[[Any], Parameters]]:
+    ) -> tuple[list[PyTree[Any]], Callable[[Any], tuple[Parameters, None]]]:
         """The controls of a step, and what pulls their cotangents back to those of the
         parameters.
         """
-        controls, pull_back = self.parameters.only(of_controls).vjp(
-            _evaluate_controls, None, self.solver, step
-        )
-        return controls, lambda grad_controls: pull_back(grad_controls)[0]
+        parameters = self.parameters.only(of_controls)
+        return parameters.vjp(_evaluate_controls, None, self.solver, step)
 
     @in_scope("pull_back_step")
     def pull_back(
@@ -175,7 +173,7 @@ class Sweep(eqx.Module):
         state0: SolveState,
         carry: SweepState,
         controls: list[PyTree[Any]],
-        pull_back_controls: Callable[[Any], Parameters],
+        pull_back_controls: Callable[[Any], tuple[Parameters, None]],
     ) -> SweepState:
         """Pulls the cotangents back through a step that started at `state0`."""
         (_, dense_info, _), pull_back = self.parameters.only(of_step).vjp(
@@ -188,10 +186,9 @@ class Sweep(eqx.Module):
         grad_parameters, (grad_state0, grad_controls) = pull_back(
             where_active(step.is_made, grad_step, zeros_like(grad_step), self.axes)
         )
-        grad_parameters = add_where_given(
-            add_where_given(grads.parameters, grad_parameters),
-            pull_back_controls(grad_controls),
-        )
+        grad_parameters = add_where_given(grads.parameters, grad_parameters)
+        more, _ = pull_back_controls(grad_controls)
+        grad_parameters = add_where_given(grad_parameters, more)
         return eqx.tree_at(
             lambda c: (c.state, c.next_t0, c.positions, c.grads),
             carry,
@@ -207,16 +204,11 @@ class Sweep(eqx.Module):
         that of `dense_info`.
         """
         positions, grads = self.outputs.add_grad_y1(
-            step, carry.next_t0, y1, carry.positions, self.parameters, carry.grads
+            step, carry.next_t0, y1, carry.positions, carry.grads
         )
+        is_last = step.index == self.tape.num_steps - 1
         return self.outputs.add_grad_dense_info(
-            step,
-            step.index == self.tape.num_steps - 1,
-            dense_info,
-            self.solver.interpolation_cls,
-            positions,
-            self.parameters,
-            grads,
+            step, is_last, dense_info, positions, grads
         )
 
 

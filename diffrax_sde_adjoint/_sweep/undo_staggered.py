@@ -24,6 +24,7 @@ if it is wanted, as for a series that drives a controlled differential equation,
 it is complete when the sweep comes to the left of the step.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -185,15 +186,12 @@ def _undo_step(
     u0 = _add(y1, -0.5, increment)
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
     right = StepToTheRight(step.t0, step.t1, control, *wanted)
-    return eqx.tree_at(
-        lambda c: (c.state, c.next_t0, c.positions, c.grads),
+    return dataclasses.replace(
         carry,
-        (
-            StaggeredState(u0, yhat0, right),
-            step.t0,
-            positions,
-            Cotangents(grad_state, grad_parameters),
-        ),
+        state=StaggeredState(u0, yhat0, right),
+        next_t0=step.t0,
+        positions=positions,
+        grads=Cotangents(grad_state, grad_parameters),
     )
 
 
