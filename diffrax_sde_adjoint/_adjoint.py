@@ -41,38 +41,28 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     Gradients are those of the numerical solution, as for
     [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its, for every
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
-    There are two ways back through a solve:
+    There are two [ways back](../how_it_works/stochastic_adjoint.md) through a solve:
 
-    - *Undoing its steps*, with a solver for which this is possible: any
-        [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
-        [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs. Memory does not
-        grow with the number of steps, except for the time of each of `max_steps` (4
-        bytes in float32, twice that if there can be jumps). Going back through a step
-        costs undoing it and one VJP of it. For convenience,
-        [`diffrax.ReversibleHeun`][] is replaced by ours.
-    - *Making its steps again*, with any other solver. The forward solve keeps its state
-        every `checkpoint_every` steps; from there the steps in between are made again,
-        and their states kept for as long as they are needed. This holds
+    - *Undoing its steps*, with any [`diffrax_sde_adjoint.AbstractReversibleSolver`][],
+        such as [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs (which
+        also takes the place of diffrax's). Memory does not grow with the number of
+        steps, except for the time of each of `max_steps` (4 bytes in float32, twice
+        that if there can be jumps).
+    - *Making its steps again*, with any other solver, from states that were kept every
+        `checkpoint_every` steps. This holds
         `max_steps / checkpoint_every + checkpoint_every` states, and the noise of
-        `checkpoint_every` steps. Going back through a step costs making it and one VJP
-        of it.
+        `checkpoint_every` steps.
 
-    The stages of diffrax's stochastic Runge-Kutta methods are written out, which is
-    faster than their loop. Solutions are the same up to rounding.
-
+    Going back through a step costs undoing it or making it again, and one VJP of it.
     Brownian paths have to give the same value when queried again, as
-    [`diffrax_sde_adjoint.BrownianInterval`][] does.
+    [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of stochastic
+    Runge-Kutta methods are written out, which is faster than diffrax's loop.
 
-    Undoing a solve whose dynamics contract amplifies rounding errors. If it does not
-    lead back to where the solve had been, and this would change the loss by more than
-    the cube root of the unit of rounding (6e-6 in float64, 5e-3 in float32, relative to
-    the size of the outputs times their cotangents), then this is an error; or, with
-    `diffeqsolve(..., throw=False)`, the gradient is NaN. With `checkpoint_every`, this
-    starts anew from every state that was kept. Near-exact solvers, such as
-    [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too. Likewise it is
-    an error if [`diffrax_sde_adjoint.ReversibleHeun`][] is not stable on a solve, so
-    that its loss is wrong by more than 3% of how far the solution moves times the
-    cotangents, both summed over all elements of a batch (13% without a batch).
+    It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
+    undoing steps misses where the solve had been by what is worth more than 6e-6 of the
+    loss in float64, or 5e-3 in float32; or if [`diffrax_sde_adjoint.ReversibleHeun`][]
+    is not stable on a solve. Both happen where dynamics contract: see
+    [limits and remedies](../how_it_works/stochastic_adjoint.md#limits).
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
@@ -82,8 +72,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     paths have no derivative in time.) How step sizes depend on the solution is not
     differentiated: with the controllers of diffrax they have no derivative either.
 
-    Gradients can be differentiated in forward mode: `jax.hessian` and
-    `jax.jvp(jax.grad(...), ...)`.
+    Gradients can be differentiated in forward mode, as in `jax.hessian`.
 
     ??? info "What is not supported"
 

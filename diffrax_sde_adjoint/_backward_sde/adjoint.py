@@ -13,9 +13,14 @@ from .._compat import (
     WrapTerm,
     direction_of,
     nondifferentiable,
-    nondifferentiable_backward,
 )
-from .._forward.solve import Derivative, check_checkpoint_every, prepare, solve
+from .._forward.solve import (
+    Derivative,
+    check_checkpoint_every,
+    prepare,
+    solve,
+    without_derivative,
+)
 from .._solver import Reversible, ReversibleHeun
 from .._solver.stage_loops import without_loops
 from .._term.base import is_single_term
@@ -145,15 +150,8 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
             no_forward_mode=_no_forward_mode,
         )
         state, aux = solve(self, derivative, **kwargs)
-        state = eqx.tree_at(
-            lambda s: s.solver_state,
-            state,
-            replace_fn=lambda x: nondifferentiable_backward(
-                x, msg=_no_solver_state, symbolic=False
-            ),
-            is_leaf=lambda x: x is None,
-        )
-        return state, aux
+        get = lambda s: s.solver_state
+        return without_derivative(get, state, _no_solver_state), aux
 
     def _numerics(
         self,

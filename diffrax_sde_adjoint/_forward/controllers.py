@@ -48,8 +48,8 @@ def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
 
 
 class _HoistedController(diffrax.AbstractStepSizeController):
-    """`controller`, of which `decide` is the method `adapt_step_size` as a function of
-    the controller too, and of all that this refers to by closure.
+    """`controller`, whose method `adapt_step_size` is `decide`: a function of the
+    controller too, and of all that this refers to by closure.
     """
 
     controller: diffrax.AbstractStepSizeController

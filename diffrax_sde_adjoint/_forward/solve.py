@@ -6,6 +6,7 @@ state of the solver, the time of an event or the output of `diffeqsolve`, is
 differentiated by JAX.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,10 +48,7 @@ class Derivative(NamedTuple):
     start of each is kept if it `takes_snapshots`.
     """
 
-    rule: Callable[
-        [Differentiated, Start, Start, Recorded, State, State],
-        tuple[tuple[Parameters, Start], Bool[Array, ""]],
-    ]
+    rule: Callable[..., tuple[tuple[Parameters, Start], Bool[Array, ""]]]
     steps_per_page: int | None
     takes_snapshots: bool
     no_second_derivative: str
@@ -136,22 +134,13 @@ def solve(
     may_have_gaps = init_state.made_jump is not False or may_jump(stepsize_controller)
 
     def loop(cond_fun, body_fun, init_state, **kwargs):
-        run = lambda init_state: _run(
-            cond_fun, body_fun, init_state, derivative, may_have_gaps, **kwargs
-        )
+        run = ft.partial(_run, derivative, may_have_gaps, cond_fun, body_fun, **kwargs)
         final_state = _with_derivative(
             derivative, run, parameters, init_state, times, sees_solution
         )
-        return eqx.tree_at(
-            lambda s: s.controller_state,
-            final_state,
-            replace_fn=lambda x: nondifferentiable_backward(
-                x,
-                msg=f"`adjoint={name}()` does not differentiate the output "
-                f"`controller_state`. {_instead}",
-                symbolic=False,
-            ),
-            is_leaf=lambda x: x is None,
+        msg = f"does not differentiate the output `controller_state`. {_instead}"
+        return without_derivative(
+            lambda s: s.controller_state, final_state, f"`adjoint={name}()` {msg}"
         )
 
     return integration_loop(
@@ -221,21 +210,26 @@ def _pull_back(
     return *grads, is_wrong
 
 
+def without_derivative(
+    get: Callable[[State], Any], final_state: State, msg: str
+) -> State:
+    """`final_state`, with an error if what `get` returns of it is differentiated."""
+    return eqx.tree_at(
+        get,
+        final_state,
+        replace_fn=lambda x: nondifferentiable_backward(x, msg=msg, symbolic=False),
+        is_leaf=lambda x: x is None,
+    )
+
+
 def _run(
-    cond_fun,
-    body_fun,
-    init_state: State,
-    derivative: Derivative,
-    may_have_gaps: bool,
-    **kwargs: Any,
+    derivative: Derivative, may_have_gaps: bool, *args: Any, **kwargs: Any
 ) -> tuple[State, Tape | None]:
     """The loop without its derivative, and the tape if there is one."""
     if kwargs["max_steps"] is None or derivative.steps_per_page is None:
-        return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
+        return plain_while_loop(*args, **kwargs), None
     return loop_and_record(
-        cond_fun,
-        body_fun,
-        init_state,
+        *args,
         steps_per_page=derivative.steps_per_page,
         may_have_gaps=may_have_gaps,
         take_snapshots=derivative.takes_snapshots,

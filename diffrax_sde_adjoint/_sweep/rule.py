@@ -72,7 +72,11 @@ class SweepRule(eqx.Module):
         )
         sweep = Sweep(solver, recorded.tape, start.state.y, outputs, parameters)
         end = _end(sweep, final_state, grad_final_state, size)
-        first = _go(sweep, end, start.state)
+        if is_reversible(solver):
+            way = undo_staggered if can_stagger(sweep, end) else undo
+            first = arrive(sweep(way, end), start.state)
+        else:
+            first = sweep(replay, end)
         saved = cotangents_of_earlier(recorded.num_saved, final_state, grad_final_state)
         times = self._grad_times(start, perturbed, recorded, grad_final_state)
         grads = (first.grads.parameters, Start(first.grads.state, saved, times))
@@ -200,11 +204,3 @@ def _end(
         ),
         result=diffrax.RESULTS.successful,
     )
-
-
-def _go(sweep: Sweep, end: SweepState, known: SolveState) -> SweepState:
-    """Goes from the end of the solve to its start, where the state is `known`."""
-    if not is_reversible(sweep.solver):
-        return sweep(replay, end)
-    way = undo_staggered if can_stagger(sweep, end) else undo
-    return arrive(sweep(way, end), known)

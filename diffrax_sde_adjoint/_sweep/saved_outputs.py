@@ -63,29 +63,19 @@ class SavedOutputs(eqx.Module):
             num_left = positions[i].save_index - jnp.where(is_saved, 1, 0)
             positions[i] = Position(positions[i].ts_index, num_left)
 
-            def evaluate(parameters, y, t, i=i):
-                return _evaluate(i, t, y, parameters)
-
-            def more(i=i, num_left=num_left, is_saved=is_saved, evaluate=evaluate):
+            def more(i=i, num_left=num_left, is_saved=is_saved):
                 grad = self._grad_output(i, num_left)
-                _, pull_back = self._parameters_of(i).vjp(evaluate, y1, next_t0)
+                _, pull_back = self._parameters_of(i).vjp(_evaluate, y1, next_t0, i)
                 return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
 
             if num == 1:
-                grad_parameters, grad_y1 = more()
+                grad = more()
             else:
                 zeros = zeros_like(eqx.filter_eval_shape(more))
-                is_needed = any_of(is_saved, axes)
                 nothing = lambda zeros=zeros: zeros
-                grad_parameters, grad_y1 = lax.cond(is_needed, more, nothing)
-            grads = eqx.tree_at(
-                lambda g: (g.parameters, g.state.y),
-                grads,
-                (
-                    add_where_given(grads.parameters, grad_parameters),
-                    add_where_given(grads.state.y, grad_y1),
-                ),
-            )
+                grad = lax.cond(any_of(is_saved, axes), more, nothing)
+            get = lambda grads: (grads.parameters, grads.state.y)
+            grads = eqx.tree_at(get, grads, add_where_given(get(grads), grad))
         return positions, grads
 
     def add_grad_dense_info(
@@ -150,7 +140,7 @@ class SavedOutputs(eqx.Module):
         def evaluate(parameters, dense_info, step, index):
             t = parameters.save_ts[i][index]
             interpolation = self.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
-            return _evaluate(i, t, interpolation.evaluate(t), parameters), t
+            return _evaluate(parameters, interpolation.evaluate(t), t, i), t
 
         def add_grad(carry):
             position, *grads = carry
@@ -181,7 +171,7 @@ class SavedOutputs(eqx.Module):
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])
 
 
-def _evaluate(i: int, t: RealScalarLike, y: Y, parameters: Parameters) -> Any:
+def _evaluate(parameters: Parameters, y: Y, t: RealScalarLike, i: int) -> Any:
     """What `SubSaveAt` number `i` saves."""
     out = parameters.save_fns[i](t, y, parameters.args)
     return eqx.filter(out, eqx.is_inexact_array)

@@ -2,9 +2,8 @@
 for each.
 
 Undoing a step evaluates the vector field at its left end, and differentiating it does
-so at its right end. So if each step is undone and then differentiated, this makes two
-evaluations at each point between two steps. Here it is one. What is carried is, with
-the control `dX` over the step to the right of such a point,
+so at its right end, which would be two evaluations at each point between two steps.
+Instead, with the control `dX` over the step to the right of such a point, this carries
 
     u = y + vf / 2 dX
 
@@ -13,15 +12,13 @@ the control `dX` over the step to the right of such a point,
     yhat0 = 2 y1 - yhat1 - vf1 dX
     y0    = y1 - (vf0 + vf1) / 2 dX
 
-`u0 = y1 - vf1 / 2 dX` is known without `vf0`. So it is not before the sweep comes to
-the left of the point that the vector field is evaluated there, together with its
-derivative, and gives `y`.
+`u0 = y1 - vf1 / 2 dX` is known without `vf0`, which is evaluated together with its
+derivative when the sweep comes to the left of the point, and gives `y0`.
 
-Then cotangents are pulled back to a point, and through the vector field at it, before
-the solution at the next point on the left is known. So they must not depend on it,
-which is what `can_stagger` checks. That of the control over a step does, by `vf0 dX`:
-if it is wanted, as for a series that drives a controlled differential equation, then
-it is complete when the sweep comes to the left of the step.
+So cotangents are pulled back to a point before the solution at the next one on the left
+is known, and must not depend on it, which is what `can_stagger` checks. That of the
+control over a step does, by `vf0 dX`: if it is wanted, as for a series that drives a
+controlled differential equation, it is complete one step later.
 """
 
 import dataclasses
