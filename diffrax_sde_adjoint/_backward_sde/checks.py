@@ -42,25 +42,21 @@ def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Eq
     unsupported = lambda what: ValueError(
         f"`adjoint=BackwardSDEAdjoint(...)` does not support {what}. {instead}"
     )
-    if event is not None:
-        raise unsupported("events")
+    name = type(solver).__name__
     subs = get_subs(saveat)
-    if saveat.dense:
-        raise unsupported("`SaveAt(dense=True)`")
-    if any(sub.steps for sub in subs):
-        raise unsupported("`SaveAt(steps=...)`")
-    if any(sub.fn is not save_y for sub in subs):
-        raise unsupported("`SaveAt(fn=...)`")
-    if not all(
-        jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        for x in jtu.tree_leaves(init_state.y)
-    ):
-        raise unsupported("complex states")
-
-    if not isinstance(terms, diffrax.AbstractTerm):
-        raise unsupported(
-            f"the solver `{type(solver).__name__}`, which does not take a single term"
-        )
+    found = {
+        "events": event is not None,
+        "`SaveAt(dense=True)`": saveat.dense,
+        "`SaveAt(steps=...)`": any(sub.steps for sub in subs),
+        "`SaveAt(fn=...)`": any(sub.fn is not save_y for sub in subs),
+        "complex states": any(map(jnp.iscomplexobj, jtu.tree_leaves(init_state.y))),
+        f"the solver `{name}`, which does not take a single term": not isinstance(
+            terms, diffrax.AbstractTerm
+        ),
+    }
+    for what, is_found in found.items():
+        if is_found:
+            raise unsupported(what)
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     check_independent([x for x in leaves if is_noise(x)])
     roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
@@ -68,7 +64,7 @@ def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Eq
     is_for_sdes = is_ito or has_layer(solver, diffrax.AbstractStratonovichSolver)
     if "noise" in roles and not is_for_sdes:
         raise unsupported(
-            f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
+            f"the solver `{name}` for SDEs, as it is not known to "
             "converge to the Itô or the Stratonovich solution"
         )
     return Equation(roles, is_ito and "noise" in roles)

@@ -7,6 +7,7 @@ differentiated by JAX.
 """
 
 import functools as ft
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,10 +139,11 @@ def solve(
         final_state = _with_derivative(
             derivative, run, parameters, init_state, times, sees_solution
         )
-        msg = f"does not differentiate the output `controller_state`. {_instead}"
-        return without_derivative(
-            lambda s: s.controller_state, final_state, f"`adjoint={name}()` {msg}"
+        msg = (
+            f"`adjoint={name}()` does not differentiate the output "
+            f"`controller_state`. {_instead}"
         )
+        return without_derivative(lambda s: s.controller_state, final_state, msg)
 
     return integration_loop(
         adjoint,
@@ -237,11 +239,6 @@ def _run(
     )
 
 
-def _get_times(state: State) -> tuple[Any, ...]:
-    return (
-        state.tprev,
-        state.tnext,
-        state.controller_state,
-        state.event_tprev,
-        state.event_tnext,
-    )
+_get_times = operator.attrgetter(
+    "tprev", "tnext", "controller_state", "event_tprev", "event_tnext"
+)

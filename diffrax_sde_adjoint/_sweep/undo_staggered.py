@@ -69,12 +69,14 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
     )
 
 
-class StepToTheRight(eqx.Module):
-    """The step to the right of a point: its times and its control. If the cotangent of
-    the control is wanted: what `vf1` has given of it, and the cotangent of `vf0 dX`,
-    which gives the rest once `vf0` is known.
+class StaggeredState(eqx.Module):
+    """What a point is known by: `u` and `yhat` there, and the times and the control of
+    the step to its right. If the cotangent of the control is wanted: what `vf1` has
+    given of it, and that of `vf0 dX`, which gives the rest once `vf0` is known.
     """
 
+    u: Y
+    yhat: Y
     t0: RealScalarLike
     t1: RealScalarLike
     control: PyTree[Any]
@@ -96,14 +98,6 @@ class StepToTheRight(eqx.Module):
         zeros = zeros_like(grad_control)
         more, _ = pull_back(where_active(is_made, grad_control, zeros, sweep.axes))
         return add_where_given(grads, more)
-
-
-class StaggeredState(eqx.Module):
-    """What a point is known by: `u` and `yhat` there, and the step to its right."""
-
-    u: Y
-    yhat: Y
-    right: StepToTheRight
 
 
 def undo_staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
@@ -132,8 +126,7 @@ def _enter(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         grad_control = eqx.filter(no_control, eqx.is_inexact_array)
         wanted = (grad_control, zeros_like(carry.state.y))
     yhat, _ = carry.state.solver_state
-    right = StepToTheRight(last.t0, last.t1, no_control, *wanted)
-    state = StaggeredState(carry.state.y, yhat, right)
+    state = StaggeredState(carry.state.y, yhat, last.t0, last.t1, no_control, *wanted)
     return eqx.tree_at(lambda c: c.state, carry, state)
 
 
@@ -146,11 +139,11 @@ def _undo_step(
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)
-    terms, right, yhat1 = sweep.terms, carry.state.right, carry.state.yhat
+    terms, state1, yhat1 = sweep.terms, carry.state, carry.state.yhat
     grad_yhat1, grad_vf1 = carry.grads.state.solver_state
 
     vf1, pull_back_vf = sweep.parameters.only(of_step).vjp(_evaluate_vf, yhat1, step)
-    y1 = _add(carry.state.u, -0.5, terms.prod(vf1, right.control))
+    y1 = _add(state1.u, -0.5, terms.prod(vf1, state1.control))
 
     # What is saved is linear in `y0` and `y1`, so their values do not matter.
     zeros = zeros_like(y1)
@@ -172,8 +165,8 @@ def _undo_step(
     grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
     grad_parameters = add_where_given(grads.parameters, grad_parameters)
-    grad_parameters = right.add_grad(sweep, vf1, step.is_made, grad_parameters)
-    is_wanted = right.grad_product is not None
+    grad_parameters = state1.add_grad(sweep, vf1, step.is_made, grad_parameters)
+    is_wanted = state1.grad_product is not None
     wanted = (grad_control, grad_product) if is_wanted else (None, None)
     grad_y = _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
     minus_grad_yhat1 = jtu.tree_map(lambda x: -x, grad_yhat1)
@@ -182,10 +175,9 @@ def _undo_step(
     increment = terms.prod(vf1, control)
     u0 = _add(y1, -0.5, increment)
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
-    right = StepToTheRight(step.t0, step.t1, control, *wanted)
     return dataclasses.replace(
         carry,
-        state=StaggeredState(u0, yhat0, right),
+        state=StaggeredState(u0, yhat0, step.t0, step.t1, control, *wanted),
         next_t0=step.t0,
         positions=positions,
         grads=Cotangents(grad_state, grad_parameters),
@@ -194,14 +186,14 @@ def _undo_step(
 
 def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     """Gives the state at the start of a page its usual form."""
-    yhat, right = carry.state.yhat, carry.state.right
-    vf = sweep.terms.vf(carry.next_t0, yhat, sweep.args)
-    grad_parameters = right.add_grad(sweep, vf, True, carry.grads.parameters)
-    y = _add(carry.state.u, -0.5, sweep.terms.prod(vf, right.control))
+    state = carry.state
+    vf = sweep.terms.vf(carry.next_t0, state.yhat, sweep.args)
+    grad_parameters = state.add_grad(sweep, vf, True, carry.grads.parameters)
+    y = _add(state.u, -0.5, sweep.terms.prod(vf, state.control))
     return eqx.tree_at(
         lambda c: (c.state, c.grads.parameters),
         carry,
-        (SolveState(y, (yhat, vf)), grad_parameters),
+        (SolveState(y, (state.yhat, vf)), grad_parameters),
     )
 
 
