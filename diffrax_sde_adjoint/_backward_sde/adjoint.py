@@ -62,10 +62,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     to be preferred. This is for what only the backward SDE can do: constant memory with
     any solver, and numerics of its own.
 
-    Memory is that of a single step of the backward solve, whatever the number of steps.
-    `checkpoint_every` adds the states that are kept: the solution starts anew from
-    each. A step costs one evaluation of the vector field and
-    two VJPs for each of the solver's; for Itô SDEs, also those of the corrections.
+    Memory is that of a single step of the backward solve, and with `checkpoint_every`
+    of the states that are kept, from each of which the solution starts anew. A step
+    costs one evaluation of the vector field and two VJPs for each of the solver's; for
+    Itô SDEs, also those of the corrections.
 
     - *Terms*: what drives an SDE has to be seen: a [`diffrax.ControlTerm`][] whose
         control is a Brownian path, and not a function that evaluates one, which would

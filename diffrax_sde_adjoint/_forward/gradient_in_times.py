@@ -43,6 +43,8 @@ def pull_back_times(
     """The cotangents of those of `times` that are `perturbed`, of the loop that they
     are with the `rest`.
     """
+    if not any(jtu.tree_leaves(perturbed)):
+        return jtu.tree_map(lambda _: None, times)
     diff, nondiff = eqx.partition(times, perturbed)
     diff = eqx.filter(diff, eqx.is_inexact_array)
 

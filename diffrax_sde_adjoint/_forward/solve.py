@@ -172,11 +172,8 @@ def _with_derivative(
     """The final state of a loop, with its derivative."""
     loop = eqx.Partial(eqx.filter_closure_convert(run, init_state), init_state)
     of_times, loop = split_times(loop, times)
-    start = Start(
-        SolveState(init_state.y, init_state.solver_state),
-        get_saved(init_state),
-        of_times,
-    )
+    state = SolveState(init_state.y, init_state.solver_state)
+    start = Start(state, get_saved(init_state), of_times)
     _, detached_start, loop = detach((parameters, start, loop))
     final_state, tape = nondifferentiable_backward(
         eqx.combine(detached_start.times, loop)(), msg=derivative.no_second_derivative

@@ -10,7 +10,7 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .._compat import State, save_y
 from .._forward.gradient_in_times import pull_back_times
@@ -55,7 +55,7 @@ class SweepRule(eqx.Module):
     def __call__(
         self, parameters, start, perturbed, recorded, final_state, grad_final_state
     ):
-        _check_supported(recorded)
+        self._check_supported(recorded, perturbed)
         size = _make_size_of_loss(
             final_state, grad_final_state, parameters.all.save_fns
         )
@@ -78,28 +78,35 @@ class SweepRule(eqx.Module):
         else:
             first = sweep(replay, end)
         saved = cotangents_of_earlier(recorded.num_saved, final_state, grad_final_state)
-        times = self._grad_times(start, perturbed, recorded, grad_final_state)
+        times = pull_back_times(
+            start.times, recorded.loop, perturbed.times, grad_final_state
+        )
         grads = (first.grads.parameters, Start(first.grads.state, saved, times))
         return self._checked(grads, sweep, end, first, size)
 
-    def _grad_times(
-        self,
-        start: Start,
-        perturbed: Start,
-        recorded: Recorded,
-        grad_final_state: State,
-    ) -> PyTree[Array | None]:
-        if not any(jtu.tree_leaves(perturbed.times)):
-            return jtu.tree_map(lambda _: None, start.times)
-        if self.has_progress_meter:
+    def _check_supported(self, recorded: Recorded, perturbed: Start) -> None:
+        if recorded.tape is None:
+            raise ValueError(
+                "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+                "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
+                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
+                "which may be generous: it costs the size of one floating-point number "
+                "a step."
+            )
+        if recorded.sees_solution:
+            raise ValueError(
+                "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
+                "depend on the solution, as they do with this step size controller. "
+                "Put `jax.lax.stop_gradient` around what it computes from the "
+                "solution, as `diffrax.PIDController` does, or use "
+                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            )
+        if self.has_progress_meter and any(jtu.tree_leaves(perturbed.times)):
             raise ValueError(
                 "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())` "
                 "does not support differentiating with respect to the times of a "
                 "solve, as it is then run once more. Do without the progress meter."
             )
-        return pull_back_times(
-            start.times, recorded.loop, perturbed.times, grad_final_state
-        )
 
     def _checked(
         self,
@@ -134,24 +141,6 @@ class SweepRule(eqx.Module):
                 [could_not_return, is_not_inverse(sweep.solver)],
             )
         return grads, failed | did_not_return | unstable_here
-
-
-def _check_supported(recorded: Recorded) -> None:
-    if recorded.tape is None:
-        raise ValueError(
-            "Cannot differentiate `diffeqsolve(..., max_steps=None, "
-            "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory to "
-            "allocate for the times of the steps. Pass a bound as `max_steps`, which "
-            "may be generous: it costs the size of one floating-point number a step."
-        )
-    if recorded.sees_solution:
-        raise ValueError(
-            "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
-            "depend on the solution, as they do with this step size controller. Put "
-            "`jax.lax.stop_gradient` around what it computes from the solution, as "
-            "`diffrax.PIDController` does, or use "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
 
 
 def _make_size_of_loss(

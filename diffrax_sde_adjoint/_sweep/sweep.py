@@ -102,13 +102,9 @@ class Sweep(eqx.Module):
             carry = sweep_page(self, page, carry)
             if carry.spurious is None:
                 return carry
+            grad = carry.grads.state.solver_state
             worth = worth_of_distance(
-                self.solver,
-                self.terms,
-                carry.next_t0,
-                self.args,
-                carry.state,
-                carry.grads.state.solver_state,
+                self.solver, self.terms, carry.next_t0, self.args, carry.state, grad
             )
             spurious = carry.spurious.at(worth, carry.state.y, self.init_y)
             return eqx.tree_at(lambda c: c.spurious, carry, spurious)
@@ -220,14 +216,10 @@ def _make_step(
 ) -> tuple[Y, DenseInfo, PyTree[Any]]:
     """Makes a step from a state at its start and the controls over it."""
     state0, controls = own
+    t0, t1, args = step.t0, step.t1, parameters.args
+    terms = with_controls(parameters.terms, t0, t1, controls)
     y1, _, dense_info, solver_state1, _ = solver.step(
-        with_controls(parameters.terms, step.t0, step.t1, controls),
-        step.t0,
-        step.t1,
-        state0.y,
-        parameters.args,
-        state0.solver_state,
-        step.made_jump,
+        terms, t0, t1, state0.y, args, state0.solver_state, step.made_jump
     )
     return y1, dense_info, solver_state1
 
