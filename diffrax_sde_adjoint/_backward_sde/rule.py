@@ -113,10 +113,6 @@ class _BackwardSolve(eqx.Module):
     all_ts: list[Array | None]
     grad_ys: list[PyTree[Array]]
 
-    @property
-    def num_pages(self) -> Int[Array, ""]:
-        return jnp.array(1) if self.tape is None else jnp.asarray(self.tape.num_pages)
-
     @in_scope("backward_sde")
     def to_start(self, end: _Carry) -> _Carry:
         # Not a method, which JAX would want to hash.
@@ -124,14 +120,19 @@ class _BackwardSolve(eqx.Module):
         return lax.while_loop(lambda carry: carry.page >= 0, body, end)
 
     def _to_next_time(self, carry: _Carry) -> _Carry:
-        page_start, known_y = self._known(carry.page)
+        # The start of the page, and the solution there.
+        stop, known_y = self.t0, self.y0
+        if self.tape is not None:
+            page = self.tape.page(carry.page)
+            assert page.snapshot is not None
+            stop, known_y = page.ends[0], page.snapshot.y
         # The last time on the left at which each `SubSaveAt` saved, by its number.
         times = {
             i: jnp.where(x.ts_index > 0, ts[x.ts_index - 1], -jnp.inf)
             for i, (x, ts) in enumerate(zip(carry.positions, self.all_ts, strict=True))
             if ts is not None and len(ts) > 0
         }
-        stop = ft.reduce(jnp.maximum, times.values(), page_start)
+        stop = ft.reduce(jnp.maximum, times.values(), stop)
         stop = jnp.minimum(stop, carry.t)
         y, grad_y, grad_diff, result = lax.cond(
             stop < carry.t,
@@ -159,14 +160,6 @@ class _BackwardSolve(eqx.Module):
             return_error=return_error,
             result=result,
         )
-
-    def _known(self, page: Int[Array, ""]) -> tuple[RealScalarLike, Y]:
-        """When the page starts, and the solution there."""
-        if self.tape is None:
-            return self.t0, self.y0
-        at = self.tape.page(page)
-        assert at.snapshot is not None
-        return at.ends[0], at.snapshot.y
 
     def _solve(
         self, carry: _Carry, stop: Float[Array, ""]
@@ -297,6 +290,7 @@ def _end(
         backward_solve.y0,
         final_state.y,
     )
+    tape = backward_solve.tape
     scale = size_of_loss(
         largest_y, [grad_final_state.y, *backward_solve.grad_ys], None, None
     )
@@ -306,7 +300,7 @@ def _end(
         grad_y=grad_final_state.y,
         grad_diff=zeros_like(diff),
         positions=get_positions(final_state),
-        page=backward_solve.num_pages - 1,
+        page=jnp.asarray(1 if tape is None else tape.num_pages) - 1,
         return_error=ReturnError.none(scale, final_state.y, _tolerance),
         result=diffrax.RESULTS.successful,
     )

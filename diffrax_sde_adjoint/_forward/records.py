@@ -70,9 +70,7 @@ class Differentiated(eqx.Module):
 
 
 class Cotangents(eqx.Module):
-    """What the way back carries from right to left. Each has the structure of what it
-    is a cotangent of, with `None` for every leaf that is not differentiated.
-    """
+    """The cotangents that the way back carries from right to left."""
 
     state: SolveState
     parameters: Parameters

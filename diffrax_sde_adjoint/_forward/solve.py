@@ -110,13 +110,9 @@ def solve(
     name = type(adjoint).__name__
     terms = hoist_closures(terms, t0, init_state.y, args, name)
     saveat = hoist_save_fns(saveat, t0, init_state.y, args)
+    msg = f"`adjoint={name}()` does not differentiate `solver`. {_instead}"
     # With these loops the solver has every derivative.
-    solver = in_forward_mode(
-        nondifferentiable(
-            solver,
-            msg=f"`adjoint={name}()` does not differentiate `solver`. {_instead}",
-        )
-    )
+    solver = in_forward_mode(nondifferentiable(solver, msg=msg))
     # In a batch, an element whose solve has no length makes no step, but one is
     # evaluated as long as others make some. diffrax would have it leave the path.
     tnext = jnp.where(t0 < t1, init_state.tnext, init_state.tprev)

@@ -91,9 +91,7 @@ class Sweep(eqx.Module):
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
         carry: SweepState,
     ) -> SweepState:
-        """Goes from the end of the solve to its start, with one of the ways to go back
-        through a page.
-        """
+        """Goes from the end of the solve to its start, with `sweep_page` for each."""
 
         def body(i, is_active, carry):
             page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
