@@ -12,7 +12,6 @@ has by how far the solution goes from its start. See "Limits" in
 `docs/how_it_works/stochastic_adjoint.md`.
 """
 
-import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._autodiff.batched_vjp import Axes
-from .._compat import VF, Args, RealScalarLike, Y
-from .tape import SolveState, Tape
+from .._compat import Y
+from .tape import Tape
 
 
 # Of OU processes, double wells, Heston, CIR and neural SDEs, those above had losses
@@ -97,30 +96,3 @@ class Spurious(eqx.Module):
 
 def _change(y: Y, y0: Y) -> PyTree[Float[Array, "..."]]:
     return jtu.tree_map(lambda x, x0: jnp.abs(x - x0), y, y0)
-
-
-def worth_of_distance(
-    solver: diffrax.AbstractSolver,
-    terms: diffrax.AbstractTerm,
-    t: RealScalarLike,
-    args: Args,
-    state: SolveState,
-    grad_solver_state: tuple[Y, VF],
-) -> Float[Array, ""]:
-    """To first order, by how much the loss would change if at a time `t` of the solve
-    the solver were to start anew, with `yhat` at `y`.
-    """
-
-    def product(grad, x, x_anew):
-        if grad is None:
-            return None
-        return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
-
-    products = jtu.tree_map(
-        product,
-        grad_solver_state,
-        state.solver_state,
-        solver.init(terms, t, t, state.y, args),
-        is_leaf=lambda x: x is None,
-    )
-    return sum(jtu.tree_leaves(products), start=jnp.zeros(()))

@@ -26,11 +26,11 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._autodiff.batched_vjp import Axes, maximum, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
-from .._forward.instability import Spurious, worth_of_distance
+from .._forward.instability import Spurious
 from .._forward.records import (
     Cotangents,
     Differentiated,
@@ -91,7 +91,7 @@ class Sweep(eqx.Module):
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
         carry: SweepState,
     ) -> SweepState:
-        """Goes from the end of the solve to its start, with `sweep_page` for each."""
+        """Goes from the end of the solve to its start, by `sweep_page` on each page."""
 
         def body(i, is_active, carry):
             page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
@@ -100,10 +100,7 @@ class Sweep(eqx.Module):
             carry = sweep_page(self, page, carry)
             if carry.spurious is None:
                 return carry
-            grad = carry.grads.state.solver_state
-            worth = worth_of_distance(
-                self.solver, self.terms, carry.next_t0, self.args, carry.state, grad
-            )
+            worth = self._worth_of_distance(carry)
             spurious = carry.spurious.at(worth, carry.state.y, self.init_y)
             return eqx.tree_at(lambda c: c.spurious, carry, spurious)
 
@@ -111,6 +108,26 @@ class Sweep(eqx.Module):
         if carry.spurious is not None:
             num = num * self.tape.parts_per_page
         return self.backwards(num, body, carry)
+
+    def _worth_of_distance(self, carry: SweepState) -> Float[Array, ""]:
+        """To first order, by how much the loss would change if from here on the solver
+        were to start anew, with `yhat` at `y`: see `instability.py`.
+        """
+
+        def product(grad, x, x_anew):
+            if grad is None:
+                return None
+            return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
+
+        t, y = carry.next_t0, carry.state.y
+        products = jtu.tree_map(
+            product,
+            carry.grads.state.solver_state,
+            carry.state.solver_state,
+            self.solver.init(self.terms, t, t, y, self.args),
+            is_leaf=lambda x: x is None,
+        )
+        return sum(jtu.tree_leaves(products), start=jnp.zeros(()))
 
     def backwards(
         self,
