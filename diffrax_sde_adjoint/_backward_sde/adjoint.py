@@ -54,13 +54,13 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     The cotangent of the solution is itself the solution of a Stratonovich SDE, along
     the same path from right to left. It is solved together with the original SDE, from
     the final state on, and cotangents arrive where the solution was saved. Those of the
-    parameters are an integral along the way, which takes one VJP for each evaluation of
-    a vector field, and which no step size controller looks at.
+    parameters are an integral along the way, which no step size controller looks at.
 
-    Gradients are *approximate*: they have an error that goes to zero with the step size
-    of both solves. Those of [`diffrax_sde_adjoint.StochasticAdjoint`][] are exact, and
-    to be preferred. This is for what only the backward SDE can do: constant memory with
-    any solver, and numerics of its own.
+    Gradients are *approximate*: their error goes to zero with the step size of both
+    solves. Those of [`diffrax_sde_adjoint.StochasticAdjoint`][] are exact, and to be
+    preferred. This is for what only the backward SDE can do: constant memory with any
+    solver, and numerics of its own. [Here](../which_solver.md#the-backward-sde) are
+    errors of all solvers.
 
     Memory is that of a single step of the backward solve, and with `checkpoint_every`
     of the states that are kept, from each of which the solution starts anew. A step
@@ -135,13 +135,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         numerics = nondifferentiable(
             self._numerics(equation, **kwargs), msg=no_numerics
         )
+        get = lambda state: state.solver_state
         if passed_solver_state:
-            solver_state = nondifferentiable(
-                init_state.solver_state, msg=_no_solver_state
-            )
-            kwargs["init_state"] = eqx.tree_at(
-                lambda s: s.solver_state, init_state, solver_state
-            )
+            solver_state = nondifferentiable(get(init_state), msg=_no_solver_state)
+            kwargs["init_state"] = eqx.tree_at(get, init_state, solver_state)
         derivative = Derivative(
             rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),
             steps_per_page=self.checkpoint_every,
@@ -150,7 +147,6 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
             no_forward_mode=_no_forward_mode,
         )
         state, aux = solve(self, derivative, **kwargs)
-        get = lambda s: s.solver_state
         return without_derivative(get, state, _no_solver_state), aux
 
     def _numerics(

@@ -163,10 +163,8 @@ class AdjointTerm(diffrax.AbstractTerm):
                     if change is not None:
                         out = jtu.tree_map(jnp.add, out, change)
             return out
-        struct = eqx.filter_eval_shape(self.contr, t, t)
-        matrix = jax.jacfwd(lambda control: self.vf_prod(t, y, args, control))(
-            zeros_like(struct)
-        )
+        zero = zeros_like(eqx.filter_eval_shape(self.contr, t, t))
+        matrix = jax.jacfwd(lambda x: self.vf_prod(t, y, args, x))(zero)
         treedef = jtu.tree_structure(y)
         return _Matrix(treedef.flatten_up_to(matrix), treedef)
 

@@ -163,7 +163,7 @@ class _BackwardSolve(eqx.Module):
 
     def _solve(
         self, carry: _Carry, stop: Float[Array, ""]
-    ) -> tuple[Y, Y, Parameters, diffrax.RESULTS]:
+    ) -> tuple[Y, Y, PyTree[Array], diffrax.RESULTS]:
         sol = diffrax.diffeqsolve(
             self.terms,
             make_quadrature(self.numerics.solver),

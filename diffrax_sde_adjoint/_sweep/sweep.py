@@ -240,9 +240,8 @@ def _make_step(
 
 
 def _evaluate_controls(
-    parameters: Parameters, own: None, solver: diffrax.AbstractSolver, step: Step
+    parameters: Parameters, _: None, solver: diffrax.AbstractSolver, step: Step
 ) -> list[PyTree[Any]]:
-    del own
     return evaluate_controls(solver, parameters.terms, step.t0, step.t1)
 
 

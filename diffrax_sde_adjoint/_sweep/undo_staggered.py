@@ -198,9 +198,8 @@ def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
 
 
 def _evaluate_control(
-    parameters: Parameters, own: None, t0: RealScalarLike, t1: RealScalarLike
+    parameters: Parameters, _: None, t0: RealScalarLike, t1: RealScalarLike
 ) -> PyTree[Any]:
-    del own
     return parameters.terms.contr(t0, t1)
 
 
