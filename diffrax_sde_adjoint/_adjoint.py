@@ -10,7 +10,7 @@ from ._compat import State
 from ._forward.saved import get_subs
 from ._forward.solve import Derivative, check_checkpoint_every, prepare, solve
 from ._solver import is_reversible
-from ._sweep import SweepRule, no_second_derivative
+from ._sweep import SweepRule
 
 
 _no_forward_mode = (
@@ -19,6 +19,11 @@ _no_forward_mode = (
     "instead, or `diffrax_sde_adjoint.forward_sensitivity`, or reverse mode "
     "(`jax.grad`, `jax.jacrev`). (Gradients can be differentiated in forward mode, as "
     "in `jax.hessian`.)"
+)
+_no_second_derivative = (
+    "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
+    "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
+    "or use `adjoint=diffrax.DirectAdjoint()` instead."
 )
 # Of a page of the tape, if there is nothing else to say how long one should be. It has
 # one more time than steps, and so 512 bytes in float64: see
@@ -36,38 +41,28 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     Gradients are those of the numerical solution, as for
     [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its, for every
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
-    There are two ways back through a solve:
+    There are two [ways back](../how_it_works/stochastic_adjoint.md) through a solve:
 
-    - *Undoing its steps*, with a solver for which this is possible: any
-        [`diffrax_sde_adjoint.AbstractReversibleSolver`][], such as
-        [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs. Memory does not
-        grow with the number of steps, except for the time of each of `max_steps` (4
-        bytes in float32, twice that if there can be jumps). Going back through a step
-        costs undoing it and one VJP of it. For convenience,
-        [`diffrax.ReversibleHeun`][] is replaced by ours.
-    - *Making its steps again*, with any other solver. The forward solve keeps its state
-        every `checkpoint_every` steps; from there the steps in between are made again,
-        and their states kept for as long as they are needed. This holds
+    - *Undoing its steps*, with any [`diffrax_sde_adjoint.AbstractReversibleSolver`][],
+        such as [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs (which
+        also takes the place of diffrax's). Memory does not grow with the number of
+        steps, except for the time of each of `max_steps` (4 bytes in float32, twice
+        that if there can be jumps).
+    - *Making its steps again*, with any other solver, from states that were kept every
+        `checkpoint_every` steps. This holds
         `max_steps / checkpoint_every + checkpoint_every` states, and the noise of
-        `checkpoint_every` steps. Going back through a step costs making it and one VJP
-        of it.
+        `checkpoint_every` steps.
 
-    The stages of diffrax's stochastic Runge-Kutta methods are written out, which is
-    faster than their loop. Solutions are the same up to rounding.
-
+    Going back through a step costs undoing it or making it again, and one VJP of it.
     Brownian paths have to give the same value when queried again, as
-    [`diffrax_sde_adjoint.BrownianInterval`][] does.
+    [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of stochastic
+    Runge-Kutta methods are written out, which is faster than diffrax's loop.
 
-    Undoing a solve whose dynamics contract amplifies rounding errors. If it does not
-    lead back to where the solve had been, and this would change the loss by more than
-    the cube root of the unit of rounding (6e-6 in float64, 5e-3 in float32, relative to
-    the size of the outputs times their cotangents), then this is an error; or, with
-    `diffeqsolve(..., throw=False)`, the gradient is NaN. With `checkpoint_every`, this
-    starts anew from every state that was kept. Near-exact solvers, such as
-    [`diffrax_sde_adjoint.EES25`][], may be off by 5e-3 in float64 too. Likewise it is
-    an error if [`diffrax_sde_adjoint.ReversibleHeun`][] is not stable on a solve, so
-    that its loss is wrong by more than 3% of how far the solution moves times the
-    cotangents, both summed over all elements of a batch (13% without a batch).
+    It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
+    undoing steps misses where the solve had been by what is worth more than 6e-6 of the
+    loss in float64, or 5e-3 in float32; or if [`diffrax_sde_adjoint.ReversibleHeun`][]
+    is not stable on a solve. Both happen where dynamics contract: see
+    [limits and remedies](../how_it_works/stochastic_adjoint.md#limits).
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,
     `SaveAt(ts=...)`, every floating-point array inside `terms`, and whatever a vector
@@ -77,8 +72,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     paths have no derivative in time.) How step sizes depend on the solution is not
     differentiated: with the controllers of diffrax they have no derivative either.
 
-    Gradients can be differentiated in forward mode: `jax.hessian` and
-    `jax.jvp(jax.grad(...), ...)`.
+    Gradients can be differentiated in forward mode, as in `jax.hessian`.
 
     ??? info "What is not supported"
 
@@ -116,36 +110,29 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         check_checkpoint_every("StochasticAdjoint", self.checkpoint_every)
 
     def loop(
-        self=None,
-        *,
-        throw,
-        passed_solver_state,
-        passed_controller_state,
-        **kwargs,
+        self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
     ) -> tuple[State, Any]:
         del passed_solver_state, passed_controller_state
         kwargs = prepare(self, "StochasticAdjoint", **kwargs)
         assert self is not None
         solver, max_steps = kwargs["solver"], kwargs["max_steps"]
+        is_undone = is_reversible(solver)
         steps_per_page = self.checkpoint_every
-        if steps_per_page is None and max_steps is not None:
-            steps_per_page = (
-                _steps_per_page
-                if is_reversible(solver)
-                else max(1, math.ceil(math.sqrt(max_steps)))
-            )
+        if steps_per_page is None and is_undone:
+            steps_per_page = _steps_per_page
+        elif steps_per_page is None and max_steps is not None:
+            steps_per_page = max(1, math.ceil(math.sqrt(max_steps)))
         meter = kwargs["progress_meter"]
         derivative = Derivative(
             rule=SweepRule(
+                solver=solver,
                 save_steps=[sub.steps for sub in get_subs(kwargs["saveat"])],
                 has_progress_meter=type(meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             ),
-            residuals=solver,
             steps_per_page=steps_per_page,
-            takes_snapshots=not is_reversible(solver)
-            or self.checkpoint_every is not None,
-            no_second_derivative=no_second_derivative,
+            takes_snapshots=not is_undone or self.checkpoint_every is not None,
+            no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )
         return solve(self, derivative, **kwargs)

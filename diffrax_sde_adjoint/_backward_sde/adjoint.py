@@ -13,14 +13,19 @@ from .._compat import (
     WrapTerm,
     direction_of,
     nondifferentiable,
-    nondifferentiable_backward,
 )
-from .._forward.solve import Derivative, check_checkpoint_every, prepare, solve
+from .._forward.solve import (
+    Derivative,
+    check_checkpoint_every,
+    prepare,
+    solve,
+    without_derivative,
+)
 from .._solver import Reversible, ReversibleHeun
 from .._solver.stage_loops import without_loops
 from .._term.base import is_single_term
 from .checks import Equation, check_numerics, check_supported, instead
-from .rule import BackwardSDERule, Numerics, first_derivatives_only, no_numerics
+from .rule import BackwardSDERule, Numerics, no_numerics
 
 
 _no_solver_state = (
@@ -32,6 +37,9 @@ _no_forward_mode = (
     "`jax.jacfwd`, `jax.linearize`). Use `adjoint=diffrax.ForwardMode()` instead, or "
     "`diffrax_sde_adjoint.forward_sensitivity`, or reverse mode (`jax.grad`, "
     "`jax.jacrev`)."
+)
+_no_second_derivative = (
+    f"`adjoint=BackwardSDEAdjoint(...)` does not support second derivatives. {instead}"
 )
 
 
@@ -46,18 +54,18 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     The cotangent of the solution is itself the solution of a Stratonovich SDE, along
     the same path from right to left. It is solved together with the original SDE, from
     the final state on, and cotangents arrive where the solution was saved. Those of the
-    parameters are an integral along the way, which takes one VJP for each evaluation of
-    a vector field, and which no step size controller looks at.
+    parameters are an integral along the way, which no step size controller looks at.
 
-    Gradients are *approximate*: they have an error that goes to zero with the step size
-    of both solves. Those of [`diffrax_sde_adjoint.StochasticAdjoint`][] are exact, and
-    to be preferred. This is for what only the backward SDE can do: constant memory with
-    any solver, and numerics of its own.
+    Gradients are *approximate*: their error goes to zero with the step size of both
+    solves. Those of [`diffrax_sde_adjoint.StochasticAdjoint`][] are exact, and to be
+    preferred. This is for what only the backward SDE can do: constant memory with any
+    solver, and numerics of its own. [Here](../which_solver.md#the-backward-sde) are
+    errors of all solvers.
 
-    Memory is that of a single step of the backward solve, whatever the number of steps.
-    `checkpoint_every` adds the states that are kept: the solution starts anew from
-    each. A step costs one evaluation of the vector field and
-    two VJPs for each of the solver's; for Itô SDEs, also those of the corrections.
+    Memory is that of a single step of the backward solve, and with `checkpoint_every`
+    of the states that are kept, from each of which the solution starts anew. A step
+    costs one evaluation of the vector field and two VJPs for each of the solver's; for
+    Itô SDEs, also those of the corrections.
 
     - *Terms*: what drives an SDE has to be seen: a [`diffrax.ControlTerm`][] whose
         control is a Brownian path, and not a function that evaluates one, which would
@@ -123,47 +131,32 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
                 "`BackwardSDEAdjoint(checkpoint_every=...)` needs "
                 "`diffeqsolve(..., max_steps=...)`, to know how many states to keep."
             )
-        equation = check_supported(
-            kwargs["solver"],
-            kwargs["terms"],
-            kwargs["saveat"],
-            kwargs["event"],
-            init_state.y,
+        equation = check_supported(**kwargs)
+        numerics = nondifferentiable(
+            self._numerics(equation, **kwargs), msg=no_numerics
         )
-        numerics = self._numerics(equation, init_state.tprev.dtype, **kwargs)
-        numerics = nondifferentiable(numerics, msg=no_numerics)
+        get = lambda state: state.solver_state
         if passed_solver_state:
-            kwargs["init_state"] = eqx.tree_at(
-                lambda s: s.solver_state,
-                init_state,
-                nondifferentiable(init_state.solver_state, msg=_no_solver_state),
-            )
+            solver_state = nondifferentiable(get(init_state), msg=_no_solver_state)
+            kwargs["init_state"] = eqx.tree_at(get, init_state, solver_state)
         derivative = Derivative(
-            rule=BackwardSDERule(equation, throw),
-            residuals=(init_state.tprev, numerics),
+            rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),
             steps_per_page=self.checkpoint_every,
             takes_snapshots=True,
-            no_second_derivative=first_derivatives_only,
+            no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )
         state, aux = solve(self, derivative, **kwargs)
-        solver_state = nondifferentiable_backward(
-            state.solver_state, msg=_no_solver_state, symbolic=False
-        )
-        is_none = lambda x: x is None
-        state = eqx.tree_at(
-            lambda s: s.solver_state, state, solver_state, is_leaf=is_none
-        )
-        return state, aux
+        return without_derivative(get, state, _no_solver_state), aux
 
     def _numerics(
         self,
         equation: Equation,
-        time_dtype: Any,
         *,
         solver,
         terms,
         stepsize_controller,
+        init_state,
         dt0,
         max_steps,
         **kwargs,
@@ -174,6 +167,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         del kwargs
         if self.solver is not None:
             solver = without_loops(self.solver)
+        if self.dt0 is not None:
+            dt0 = jnp.asarray(self.dt0, init_state.tprev.dtype)
+        if self.max_steps is not None:
+            max_steps = self.max_steps
         # As every step starts from the solution alone, these make the steps of others.
         if type(solver) in (diffrax.ReversibleHeun, ReversibleHeun):
             solver = diffrax.Heun()
@@ -181,16 +178,10 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
             solver = solver.solver
         leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
         (direction, *_) = [direction_of(x) for x in leaves if isinstance(x, WrapTerm)]
-        controller = stepsize_controller
         if self.stepsize_controller is not None:
-            controller = self.stepsize_controller.wrap(direction)
-        check_numerics(equation, solver, controller)
-        return Numerics(
-            solver=solver,
-            stepsize_controller=controller.wrap(-1),
-            dt0=dt0 if self.dt0 is None else jnp.asarray(self.dt0, time_dtype),
-            max_steps=max_steps if self.max_steps is None else self.max_steps,
-        )
+            stepsize_controller = self.stepsize_controller.wrap(direction)
+        check_numerics(equation, solver, stepsize_controller)
+        return Numerics(solver, stepsize_controller.wrap(-1), dt0, max_steps)
 
 
 BackwardSDEAdjoint.__init__.__doc__ = """**Arguments:**

@@ -20,10 +20,11 @@ $(y, a, q)$, and what it adds to $a_\theta$ is the derivative of its $q$ with re
 $\theta'$: one VJP for each evaluation of the vector field.
 """
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import diffrax
 import equinox as eqx
@@ -33,6 +34,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._forward.records import Parameters
 from .._misc import zeros_like
 from .._solver import AbstractForwardingSolver, has_layer
 from .._solver.stage_loops import is_for_additive_noise
@@ -48,19 +50,20 @@ Role: TypeAlias = Literal["drift", "noise", "control"]
 
 
 class ForwardTerms(eqx.Module):
-    """The SDE of the forward solve. Its terms and `args` have some arrays that are
-    differentiated, which its methods are functions of, and the others are in `nondiff`.
+    """The SDE of the forward solve, whose methods are functions of those parameters
+    that are differentiated. The others are in `nondiff`.
     """
 
-    nondiff: tuple[PyTree[diffrax.AbstractTerm], Args]
+    nondiff: Parameters
     roles: tuple[Role, ...] = eqx.field(static=True)
     is_ito: bool = eqx.field(static=True)
 
-    def terms(self, diff: PyTree[Any]) -> tuple[list[diffrax.AbstractTerm], Args]:
-        terms, args = eqx.combine(diff, self.nondiff)
-        return jtu.tree_leaves(terms, is_leaf=is_single_term), args
+    def terms(self, diff: Parameters) -> tuple[list[diffrax.AbstractTerm], Args]:
+        parameters = eqx.combine(diff, self.nondiff)
+        leaves = jtu.tree_leaves(parameters.terms, is_leaf=is_single_term)
+        return leaves, parameters.args
 
-    def rate(self, i: int, diff: PyTree[Any], t: RealScalarLike, y: Y) -> Y:
+    def rate(self, i: int, diff: Parameters, t: RealScalarLike, y: Y) -> Y:
         """The rate of change of the Stratonovich solution, due to a drift."""
         terms, args = self.terms(diff)
         # Which is minus one if the solve goes backwards in time.
@@ -73,7 +76,7 @@ class ForwardTerms(eqx.Module):
         return out
 
     def increment(
-        self, i: int, diff: PyTree[Any], t: RealScalarLike, y: Y, control: PyTree
+        self, i: int, diff: Parameters, t: RealScalarLike, y: Y, control: PyTree
     ) -> Y:
         terms, args = self.terms(diff)
         return terms[i].vf_prod(t, y, args, control)
@@ -107,17 +110,17 @@ class AdjointTerm(diffrax.AbstractTerm):
     """
 
     forward: ForwardTerms
-    diff: PyTree[Any]
+    diff: Parameters
     index: int = eqx.field(static=True)
     is_ito: bool = eqx.field(static=True)
-    diff_of_q: PyTree[Any] = None
+    diff_of_q: Parameters | None = None
 
     @property
     def role(self) -> Role:
         return self.forward.roles[self.index]
 
     def _with_cotangent(
-        self, fn: Callable[[PyTree[Any], Y], Y], y: _AdjointY, sign: int
+        self, fn: Callable[[Any, Y], Y], y: _AdjointY, sign: int
     ) -> _AdjointY:
         """What `fn` of the parameters and the solution adds to the latter, and its
         derivative to the cotangent.
@@ -160,10 +163,8 @@ class AdjointTerm(diffrax.AbstractTerm):
                 ]
                 out = corrected(out, "ito", noises, t, y, args)
             return out
-        struct = eqx.filter_eval_shape(self.contr, t, t)
-        matrix = jax.jacfwd(lambda control: self.vf_prod(t, y, args, control))(
-            zeros_like(struct)
-        )
+        zero = zeros_like(eqx.filter_eval_shape(self.contr, t, t))
+        matrix = jax.jacfwd(lambda x: self.vf_prod(t, y, args, x))(zero)
         treedef = jtu.tree_structure(y)
         return _Matrix(treedef.flatten_up_to(matrix), treedef)
 
@@ -183,7 +184,7 @@ def _is_adjoint_term(x: Any) -> bool:
     return isinstance(x, AdjointTerm)
 
 
-def _get_diff(terms: PyTree[diffrax.AbstractTerm]) -> PyTree[Any]:
+def _get_diff(terms: PyTree[diffrax.AbstractTerm]) -> Parameters:
     """What is differentiated, which is the same in all terms."""
     leaves = jtu.tree_leaves(terms, is_leaf=_is_adjoint_term)
     return next(filter(_is_adjoint_term, leaves)).diff
@@ -196,10 +197,7 @@ class _Quadrature(AbstractForwardingSolver):
     """
 
     solver: diffrax.AbstractSolver
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return diffrax.LocalLinearInterpolation
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
     def init(self, terms, t0, t1, y0, args):
         del t0, t1, y0, args
@@ -221,7 +219,7 @@ class _Quadrature(AbstractForwardingSolver):
         def step(diff_of_q):
             with_other = jtu.tree_map(
                 lambda x: (
-                    AdjointTerm(x.forward, x.diff, x.index, x.is_ito, diff_of_q)
+                    dataclasses.replace(x, diff_of_q=diff_of_q)
                     if _is_adjoint_term(x)
                     else x
                 ),
@@ -229,12 +227,11 @@ class _Quadrature(AbstractForwardingSolver):
                 is_leaf=_is_adjoint_term,
             )
             # Its state may hold what has `q` in it, which must not be taken over from
-            # one step to the next: a derivative would be lost.
-            if is_for_additive_noise(self.solver):
-                # It has no state. `init` would check for additive noise, which is that
-                # of `y` and `a`; that of `q` depends on `a`.
-                state = None
-            else:
+            # one step to the next: a derivative would be lost. A solver for additive
+            # noise has none, and its `init` would check the noise: that of `y` and `a`
+            # is additive, but that of `q` depends on `a`.
+            state = None
+            if not is_for_additive_noise(self.solver):
                 state = self.solver.init(with_other, t0, t1, (*y0, q0), args)
             (y1, a1, q1), error, _, _, result = self.solver.step(
                 with_other, t0, t1, (*y0, q0), args, state, False
@@ -245,8 +242,7 @@ class _Quadrature(AbstractForwardingSolver):
         q1, pull_back, (y1, error, result) = eqx.filter_vjp(step, diff, has_aux=True)
         (more,) = pull_back(jnp.ones_like(q1))
         total = jtu.tree_map(jnp.add, solver_state, more)
-        if error is not None:
-            error = error[:2]
+        error = None if error is None else error[:2]
         return y1, error, dict(y0=y0, y1=y1), total, result
 
 

@@ -10,10 +10,11 @@ import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from .._autodiff.dependence import depends_on
 from .._compat import RealScalarLike, Y, save_y
+from .._forward.records import Parameters
 from .._forward.saved import get_subs
 from .._misc import zeros_like
 from .._solver import has_layer
@@ -35,59 +36,38 @@ class Equation(NamedTuple):
     is_ito: bool
 
 
-def check_supported(
-    solver: diffrax.AbstractSolver,
-    terms: PyTree[diffrax.AbstractTerm],
-    saveat: diffrax.SaveAt,
-    event: diffrax.Event | None,
-    y: Y,
-) -> Equation:
-    """Raises an error if a solve is not supported, as it would be without a gradient
-    that is known to be right.
-    """
+def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Equation:
+    """Raises an error if a solve is not supported, by its arguments from `prepare`."""
+    del kwargs
     unsupported = lambda what: ValueError(
         f"`adjoint=BackwardSDEAdjoint(...)` does not support {what}. {instead}"
     )
-    if event is not None:
-        raise unsupported("events")
+    name = type(solver).__name__
     subs = get_subs(saveat)
-    if saveat.dense:
-        raise unsupported("`SaveAt(dense=True)`")
-    if any(sub.steps for sub in subs):
-        raise unsupported("`SaveAt(steps=...)`")
-    if any(sub.fn is not save_y for sub in subs):
-        raise unsupported("`SaveAt(fn=...)`")
-    if not all(
-        jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in jtu.tree_leaves(y)
-    ):
-        raise unsupported("complex states")
-
-    if not isinstance(terms, diffrax.AbstractTerm):
-        raise unsupported(
-            f"the solver `{type(solver).__name__}`, which does not take a single term"
-        )
+    found = {
+        "events": event is not None,
+        "`SaveAt(dense=True)`": saveat.dense,
+        "`SaveAt(steps=...)`": any(sub.steps for sub in subs),
+        "`SaveAt(fn=...)`": any(sub.fn is not save_y for sub in subs),
+        "complex states": any(map(jnp.iscomplexobj, jtu.tree_leaves(init_state.y))),
+        f"the solver `{name}`, which does not take a single term": not isinstance(
+            terms, diffrax.AbstractTerm
+        ),
+    }
+    for what, is_found in found.items():
+        if is_found:
+            raise unsupported(what)
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     check_independent([x for x in leaves if is_noise(x)])
     roles: tuple[Role, ...] = tuple(_role(x) for x in leaves)
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
-    if "noise" in roles:
-        if not is_ito and not has_layer(solver, diffrax.AbstractStratonovichSolver):
-            raise unsupported(
-                f"the solver `{type(solver).__name__}` for SDEs, as it is not known to "
-                "converge to the Itô or the Stratonovich solution"
-            )
-        if is_ito:
-            _check_drift(roles)
-    return Equation(roles, is_ito and "noise" in roles)
-
-
-def _check_drift(roles: tuple[Role, ...]) -> None:
-    if "drift" not in roles:
-        raise ValueError(
-            "`BackwardSDEAdjoint` with a solver for Itô SDEs needs a drift to add a "
-            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
-            "may be zero, and the noise."
+    is_for_sdes = is_ito or has_layer(solver, diffrax.AbstractStratonovichSolver)
+    if "noise" in roles and not is_for_sdes:
+        raise unsupported(
+            f"the solver `{name}` for SDEs, as it is not known to "
+            "converge to the Itô or the Stratonovich solution"
         )
+    return Equation(roles, is_ito and "noise" in roles)
 
 
 def _role(term: diffrax.AbstractTerm) -> Role:
@@ -108,6 +88,13 @@ def check_numerics(
     name = type(solver).__name__
     has_noise = "noise" in equation.roles
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
+    is_any_ito = equation.is_ito or (has_noise and is_ito)
+    if is_any_ito and "drift" not in equation.roles:
+        raise ValueError(
+            "`BackwardSDEAdjoint` with a solver for Itô SDEs needs a drift to add a "
+            "correction to. Pass a `diffrax.MultiTerm` of a `diffrax.ODETerm`, which "
+            "may be zero, and the noise."
+        )
     if has_layer(solver, (diffrax.AbstractFosterLangevinSRK, diffrax.LeapfrogMidpoint)):
         raise ValueError(
             f"`BackwardSDEAdjoint` does not support the solver `{name}` backwards in "
@@ -120,8 +107,6 @@ def check_numerics(
             f"`BackwardSDEAdjoint(solver={name}())` is not a solver for SDEs. Pass one "
             "that is, such as `diffrax.Heun()`."
         )
-    if has_noise and is_ito:
-        _check_drift(equation.roles)
     if type(controller) is diffrax.StepTo:
         raise ValueError(
             "`BackwardSDEAdjoint` does not support `StepTo`, as it also stops where "
@@ -138,7 +123,7 @@ def check_numerics(
         )
 
 
-def check_controls(forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike) -> None:
+def check_controls(forward: ForwardTerms, diff: Parameters, t: RealScalarLike) -> None:
     def controls(diff):
         terms, _ = forward.terms(diff)
         return [term.contr(t, t) for term in terms]
@@ -152,7 +137,7 @@ def check_controls(forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike) 
 
 
 def _noises(
-    forward: ForwardTerms, diff: PyTree[Any], t: RealScalarLike
+    forward: ForwardTerms, diff: Parameters, t: RealScalarLike
 ) -> list[tuple[int, PyTree[Array]]]:
     """The terms that are noise, each with a zero for its increment."""
     terms, _ = forward.terms(diff)
@@ -165,7 +150,7 @@ def _noises(
 
 def check_additive(
     forward: ForwardTerms,
-    diff: PyTree[Any],
+    diff: Parameters,
     solver: diffrax.AbstractSolver,
     t: Any,
     y: Y,
@@ -186,21 +171,19 @@ def check_additive(
 
 def does_not_commute(
     forward: ForwardTerms,
-    diff: PyTree[Any],
+    diff: Parameters,
     solver: diffrax.AbstractSolver,
     t: Any,
     y: Y,
-) -> Bool[Array, ""] | None:
-    """Whether, for a Milstein solver, the columns of the diffusion have Lie brackets;
-    `None` if they have none for sure.
-    """
+) -> Bool[ArrayLike, ""]:
+    """Whether the columns of the diffusion have Lie brackets, for a Milstein solver."""
     milstein = (diffrax.StratonovichMilstein, diffrax.ItoMilstein)
     noises = _noises(forward, diff, t)
-    if not has_layer(solver, milstein) or len(noises) == 0:
-        return None
+    if not has_layer(solver, milstein):
+        return False
     flat, unravel = jfu.ravel_pytree([zero for _, zero in noises])
-    if flat.size == 1:
-        return None
+    if flat.size <= 1:
+        return False
 
     def column(y, unit):
         parts = [

@@ -48,8 +48,8 @@ def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
 
 
 class _HoistedController(diffrax.AbstractStepSizeController):
-    """`controller`, of which `decide` is the method `adapt_step_size` as a function of
-    the controller too, and of all that this refers to by closure.
+    """`controller`, whose method `adapt_step_size` is `decide`: a function of the
+    controller too, and of all that this refers to by closure.
     """
 
     controller: diffrax.AbstractStepSizeController
@@ -80,23 +80,11 @@ def close_over_controller(
     """
     if _is_known(controller):
         return controller, False
-    y = state.y
+    t0, t1, y = state.tprev, state.tnext, state.y
     _, y_error_struct, *_ = eqx.filter_eval_shape(
-        solver.step,
-        terms,
-        state.tprev,
-        state.tnext,
-        y,
-        args,
-        state.solver_state,
-        state.made_jump,
+        solver.step, terms, t0, t1, y, args, state.solver_state, state.made_jump
     )
-    times = (
-        state.tprev,
-        state.tnext,
-        solver.error_order(terms),
-        _as_arrays(state.controller_state),
-    )
+    times = (t0, t1, solver.error_order(terms), _as_arrays(state.controller_state))
     seen = (y, y, args, zeros_like(y_error_struct))
 
     def decide(controller, times, seen):

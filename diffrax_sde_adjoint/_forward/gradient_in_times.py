@@ -6,7 +6,6 @@ is a few numbers, and forward mode is the way: the loop is run once more, and ta
 derivative with respect to them along.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -19,37 +18,33 @@ from jaxtyping import Array, PyTree
 from .._compat import State
 
 
-class Loop(eqx.Module):
-    """The loop over the steps of a solve, and where it starts. `run` also returns what
-    the loop recorded. It refers to no array by closure.
-
-    There may be `None` in place of arrays, for what is to be combined with another.
-    """
-
-    run: Callable[[State], tuple[State, Any]]
-    init_state: State
-
-    def __call__(self) -> tuple[State, Any]:
-        return self.run(self.init_state)
-
-
 def distinct(tree: PyTree[Any]) -> PyTree[Any]:
     """`tree`, with arrays that are no other's, so that they can be told by identity."""
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
 
-def split_times(loop: Loop, times: PyTree[Any]) -> tuple[Loop, Loop]:
-    """A loop of the arrays in `loop` that are in `times`, which are to be `distinct`,
-    and a loop of everything else.
+def split_times(
+    loop: eqx.Partial, times: PyTree[Any]
+) -> tuple[eqx.Partial, eqx.Partial]:
+    """The arrays in `loop` that are in `times`, which are to be `distinct`, and
+    everything else: with `None` in each where the other has something. A loop is over
+    the steps of a solve, from a given state, and refers to no array by closure.
     """
     ids = {id(x) for x in jtu.tree_leaves(times) if eqx.is_array(x)}
     return eqx.partition(loop, lambda x: id(x) in ids)
 
 
 def pull_back_times(
-    times: Loop, rest: Loop, perturbed: Loop, grad_final_state: State
+    times: eqx.Partial,
+    rest: eqx.Partial,
+    perturbed: eqx.Partial,
+    grad_final_state: State,
 ) -> PyTree[Array | None]:
-    """The cotangents of those of `times` that are `perturbed`."""
+    """The cotangents of those of `times` that are `perturbed`, of the loop that they
+    are with the `rest`.
+    """
+    if not any(jtu.tree_leaves(perturbed)):
+        return jtu.tree_map(lambda _: None, times)
     diff, nondiff = eqx.partition(times, perturbed)
     diff = eqx.filter(diff, eqx.is_inexact_array)
 

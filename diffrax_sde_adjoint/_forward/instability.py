@@ -1,23 +1,17 @@
 r"""Whether reversible Heun is stable on a solve, as seen by the gradient.
 
-Beside the solution `y` it has a second one, `yhat`, whose distance `yhat - y` changes
-its sign in each step. Where dynamics contract it grows, for $y' = -\lambda y$ like
-$e^{\lambda t}$, and so it does where the vector field is steep, as a square root is
-near zero. Of itself this does no harm: a linear vector field is averaged over `yhat`
-and its mirror image, and `y` does not see the distance. How much it does see no step
-knows, as none evaluates the vector field at `y`; and over a range of systems, no
-measure of the distance told good solutions from bad ones.
+Beside the solution `y` it has a second one, `yhat`. Their distance grows where dynamics
+contract, for $y' = -\lambda y$ like $e^{\lambda t}$, and where the vector field is
+steep. Over a range of systems, no measure of it told good solutions from bad ones.
 
 The way back knows what a change of the solver's state is worth to the loss: its product
 with the cotangents. So at some points of the solve this is evaluated for the change
 that would make the distance zero, from `(yhat, vf(yhat))` to `(y, vf(y))`. It is by how
 much the loss is wrong, to first order, and it is compared with the size that the loss
-has by how far the solution goes from its start. In a batch whose gradient is a
-sum both are sums: a few paths of a good solve can be far off, and so more is tolerated
-of a few.
+has by how far the solution goes from its start. See "Limits" in
+`docs/how_it_works/stochastic_adjoint.md`.
 """
 
-import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -25,15 +19,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._autodiff.batched_vjp import Axes
-from .._compat import VF, Args, RealScalarLike, Y
-from .tape import SolveState, Tape
+from .._compat import Y
+from .tape import Tape
 
 
 # Of OU processes, double wells, Heston, CIR and neural SDEs, those above had losses
 # that were off by a tenth and more, or gradients off by more than their size. Those far
-# below were about as accurate as with Heun's method. Where noise is strong and steps
-# are coarse, the second number is what it is worth in single paths of solves whose mean
-# is fine.
+# below were about as accurate as with Heun's method. The second number is for single
+# paths of solves whose mean is fine, where noise is strong and steps are coarse.
 _tolerance = 0.03
 _tolerance_of_one = 0.1
 
@@ -68,9 +61,7 @@ class Spurious(eqx.Module):
         return Spurious(worth, change)
 
     def size_of_change(self, tape: Tape, y0: Y) -> PyTree[Float[Array, "..."]]:
-        """The largest absolute value of each entry of the change, as far as it is known
-        after the sweep.
-        """
+        """The size of each entry of the change, as far as it is known in the end."""
         is_short = tape.num_pages <= 1
 
         def size(change_at_pages, largest_y, change, y0):
@@ -105,30 +96,3 @@ class Spurious(eqx.Module):
 
 def _change(y: Y, y0: Y) -> PyTree[Float[Array, "..."]]:
     return jtu.tree_map(lambda x, x0: jnp.abs(x - x0), y, y0)
-
-
-def worth_of_distance(
-    solver: diffrax.AbstractSolver,
-    terms: diffrax.AbstractTerm,
-    t: RealScalarLike,
-    args: Args,
-    state: SolveState,
-    grad_solver_state: tuple[Y, VF],
-) -> Float[Array, ""]:
-    """To first order, by how much the loss would change if at a time `t` of the solve
-    the solver were to start anew, with `yhat` at `y`.
-    """
-
-    def product(grad, x, x_anew):
-        if grad is None:
-            return None
-        return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
-
-    products = jtu.tree_map(
-        product,
-        grad_solver_state,
-        state.solver_state,
-        solver.init(terms, t, t, state.y, args),
-        is_leaf=lambda x: x is None,
-    )
-    return sum(jtu.tree_leaves(products), start=jnp.zeros(()))

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._autodiff.batched_vjp import Axes, vjp
 from .._compat import Args, IntScalarLike
-from .gradient_in_times import Loop
 from .tape import SolveState, Tape
 
 
@@ -20,29 +18,18 @@ class Parameters(eqx.Module):
     `SubSaveAt` its function and its times.
 
     Cotangents of these have the same structure, with `None` for every leaf that is not
-    differentiated.
+    differentiated. To say which are meant, there is a `bool` in place of each.
     """
 
     terms: PyTree[Any]
     args: Args
-    save_fns: list[Any]
-    save_ts: list[Any]
+    save_fns: PyTree[Any]
+    save_ts: PyTree[Any]
 
 
-def of_controls(parameters: Parameters) -> Parameters:
-    """The parameters that the controls of a step depend on."""
-    args, save_fns, save_ts = jtu.tree_map(
-        lambda _: None, (parameters.args, parameters.save_fns, parameters.save_ts)
-    )
-    return Parameters(parameters.terms, args, save_fns, save_ts)
-
-
-def of_step(parameters: Parameters) -> Parameters:
-    """The parameters that a step depends on."""
-    save_fns, save_ts = jtu.tree_map(
-        lambda _: None, (parameters.save_fns, parameters.save_ts)
-    )
-    return Parameters(parameters.terms, parameters.args, save_fns, save_ts)
+# What the controls of a step depend on, and the step itself.
+of_controls = Parameters(terms=True, args=False, save_fns=False, save_ts=False)
+of_step = Parameters(terms=True, args=True, save_fns=False, save_ts=False)
 
 
 class Differentiated(eqx.Module):
@@ -59,18 +46,12 @@ class Differentiated(eqx.Module):
     def all(self) -> Parameters:
         return eqx.combine(self.diff, self.nondiff)
 
-    def only(self, keep: Callable[[Parameters], Parameters]) -> "Differentiated":
-        """These parameters, of which `keep` says what is differentiated: it leaves
-        `None` in place of everything else. So the cotangents of that, which may be
-        large, are not carried through a loop in which they are zero.
+    def only(self, which: Parameters) -> "Differentiated":
+        """These parameters, of which no more than `which` are differentiated. So the
+        cotangents of others, which may be large, are not carried through a loop in
+        which they are zero.
         """
-        kept = keep(self.diff)
-        rest = jtu.tree_map(
-            lambda x, y: y if x is None else None,
-            kept,
-            self.diff,
-            is_leaf=lambda x: x is None,
-        )
+        kept, rest = eqx.partition(self.diff, which)
         return Differentiated(kept, eqx.combine(self.nondiff, rest), self.axes)
 
     def vjp(
@@ -89,9 +70,7 @@ class Differentiated(eqx.Module):
 
 
 class Cotangents(eqx.Module):
-    """What the way back carries from right to left. Each has the structure of what it
-    is a cotangent of, with `None` for every leaf that is not differentiated.
-    """
+    """The cotangents that the way back carries from right to left."""
 
     state: SolveState
     parameters: Parameters
@@ -104,17 +83,17 @@ class Start(eqx.Module):
 
     state: SolveState
     saved: Any
-    times: Loop
+    times: eqx.Partial
 
 
 class Recorded(eqx.Module):
     """What a forward solve leaves for the way back, beside its final state: its tape,
     if there is one; of each `SubSaveAt`, how much had been saved before the first step;
-    the loop over its steps, but for `Start.times`; and whether step sizes depend on the
-    solution by more than what has no derivative.
+    the loop over its steps, but for what is in `Start.times`; and whether step sizes
+    depend on the solution by more than what has no derivative.
     """
 
     tape: Tape | None
     num_saved: list[IntScalarLike]
-    loop: Loop
+    loop: eqx.Partial
     sees_solution: bool = eqx.field(static=True)

@@ -100,21 +100,17 @@ def size_of_loss(
     for each entry; it is that of the largest entry of a leaf, or taken `by_entry`.
     """
 
-    def product(grad, x, by_entry):
+    def product(grad, x, by_entry=False):
         if grad is None:
             return None
         # What has not been saved to is infinite.
         size = jnp.abs(jnp.where(jnp.isfinite(x), x, 0))
         return jnp.sum(jnp.abs(grad) * (size if by_entry else jnp.max(size, initial=0)))
 
-    product_of_y = ft.partial(product, by_entry=by_entry)
-    product_of_other = ft.partial(product, by_entry=False)
-    is_none = lambda x: x is None
-    products = [jtu.tree_map(product_of_y, grad_y, largest_y) for grad_y in grad_ys]
-    other_products = jtu.tree_map(
-        product_of_other, grad_others, others, is_leaf=is_none
-    )
-    return _total((products, other_products))
+    of_y = ft.partial(product, by_entry=by_entry)
+    products = [jtu.tree_map(of_y, grad_y, largest_y) for grad_y in grad_ys]
+    of_others = jtu.tree_map(product, grad_others, others, is_leaf=lambda x: x is None)
+    return _total((products, of_others))
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

@@ -3,8 +3,10 @@
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Int
 
 from .._compat import SaveState, State
 
@@ -19,6 +21,22 @@ def get_save_states(state: State) -> list[SaveState]:
     is_save_state = lambda x: isinstance(x, SaveState)
     leaves = jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
     return [x for x in leaves if is_save_state(x)]
+
+
+class Position(eqx.Module):
+    """How far a `SubSaveAt` had come: the number of its `ts`, and that of all of its
+    outputs, which were saved before the end of a step.
+    """
+
+    ts_index: Int[Array, ""]
+    save_index: Int[Array, ""]
+
+
+def get_positions(state: State) -> list[Position]:
+    return [
+        Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
+        for x in get_save_states(state)
+    ]
 
 
 def get_saved(state: State) -> tuple[list[tuple[Any, Any]], Any]:

@@ -7,13 +7,16 @@ differentiated by JAX.
 """
 
 import functools as ft
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
 
-from .._autodiff.custom_derivative import Rule, detach, with_derivative
+from .._autodiff.custom_derivative import detach, with_derivative
 from .._brownian.costly_steps import warn_of_costly_steps
 from .._compat import (
     State,
@@ -24,10 +27,11 @@ from .._compat import (
 )
 from .._solver import ReversibleHeun, carried, check_sense
 from .._solver.stage_loops import in_forward_mode, without_loops
+from .._term.base import with_weak_directions
 from .._term.hoisted import hoist_closures, hoist_save_fns
 from .controllers import close_over_controller, may_jump
-from .gradient_in_times import Loop, distinct, split_times
-from .records import Parameters, Recorded, Start
+from .gradient_in_times import distinct, split_times
+from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
@@ -38,13 +42,14 @@ _instead = "Use `adjoint=diffrax.RecursiveCheckpointAdjoint()` instead."
 class Derivative(NamedTuple):
     """How a solve is differentiated.
 
-    The inputs of `rule` are `Parameters` and a `Start`, and it gets what was `Recorded`
-    together with `residuals`. With `steps_per_page` there is a tape of pages of so many
-    steps, and the state at the start of each is kept if it `takes_snapshots`.
+    `rule(parameters, start, perturbed, recorded, final_state, grad_final_state)` finds
+    the cotangents of the first two, and whether these are to be replaced by NaN.
+    `perturbed` has `True` for each array in `start` that is differentiated. With
+    `steps_per_page` there is a tape of pages of so many steps, and the state at the
+    start of each is kept if it `takes_snapshots`.
     """
 
-    rule: Rule
-    residuals: Any
+    rule: Callable[..., tuple[tuple[Parameters, Start], Bool[Array, ""]]]
     steps_per_page: int | None
     takes_snapshots: bool
     no_second_derivative: str
@@ -105,13 +110,9 @@ def solve(
     name = type(adjoint).__name__
     terms = hoist_closures(terms, t0, init_state.y, args, name)
     saveat = hoist_save_fns(saveat, t0, init_state.y, args)
+    msg = f"`adjoint={name}()` does not differentiate `solver`. {_instead}"
     # With these loops the solver has every derivative.
-    solver = in_forward_mode(
-        nondifferentiable(
-            solver,
-            msg=f"`adjoint={name}()` does not differentiate `solver`. {_instead}",
-        )
-    )
+    solver = in_forward_mode(nondifferentiable(solver, msg=msg))
     # In a batch, an element whose solve has no length makes no step, but one is
     # evaluated as long as others make some. diffrax would have it leave the path.
     tnext = jnp.where(t0 < t1, init_state.tnext, init_state.tprev)
@@ -121,20 +122,25 @@ def solve(
     )
     t1, stepsize_controller = distinct((t1, stepsize_controller))
     times = distinct(_get_times(init_state))
-    init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=_is_none)
+    init_state = eqx.tree_at(_get_times, init_state, times, is_leaf=lambda x: x is None)
+    times = (t1, stepsize_controller, times)
     subs = get_subs(saveat)
-    loop = ft.partial(
-        _loop,
-        derivative=derivative,
-        name=name,
-        parameters=Parameters(
-            terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
-        ),
-        times=(t1, stepsize_controller, times),
-        may_have_gaps=init_state.made_jump is not False
-        or may_jump(stepsize_controller),
-        sees_solution=sees_solution,
+    parameters = Parameters(
+        terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
     )
+    may_have_gaps = init_state.made_jump is not False or may_jump(stepsize_controller)
+
+    def loop(cond_fun, body_fun, init_state, **kwargs):
+        run = ft.partial(_run, derivative, may_have_gaps, cond_fun, body_fun, **kwargs)
+        final_state = _with_derivative(
+            derivative, run, parameters, init_state, times, sees_solution
+        )
+        msg = (
+            f"`adjoint={name}()` does not differentiate the output "
+            f"`controller_state`. {_instead}"
+        )
+        return without_derivative(lambda s: s.controller_state, final_state, msg)
+
     return integration_loop(
         adjoint,
         args=args,
@@ -151,79 +157,74 @@ def solve(
     )
 
 
-def _loop(
-    cond_fun,
-    body_fun,
-    init_state,
-    *,
-    max_steps,
-    buffers,
+def _with_derivative(
     derivative: Derivative,
-    name: str,
+    run: Callable[[State], tuple[State, Tape | None]],
     parameters: Parameters,
-    times,
-    may_have_gaps: bool,
+    init_state: State,
+    times: PyTree[Any],
     sees_solution: bool,
 ) -> State:
-    """The loop over the steps of a solve, with its derivative."""
-
-    run = lambda init_state: _run(
-        cond_fun,
-        body_fun,
-        init_state,
-        derivative,
-        may_have_gaps,
-        max_steps=max_steps,
-        buffers=buffers,
-    )
-    loop = Loop(eqx.filter_closure_convert(run, init_state), init_state)
+    """The final state of a loop, with its derivative."""
+    loop = eqx.Partial(eqx.filter_closure_convert(run, init_state), init_state)
     of_times, loop = split_times(loop, times)
-    start = Start(
-        SolveState(init_state.y, init_state.solver_state),
-        get_saved(init_state),
-        of_times,
-    )
+    state = SolveState(init_state.y, init_state.solver_state)
+    start = Start(state, get_saved(init_state), of_times)
     _, detached_start, loop = detach((parameters, start, loop))
     final_state, tape = nondifferentiable_backward(
         eqx.combine(detached_start.times, loop)(), msg=derivative.no_second_derivative
     )
     num_saved = [x.save_index for x in get_save_states(init_state)]
-    final_state = with_derivative(
-        derivative.rule,
+    return with_derivative(
+        _pull_back,
         parameters,
         start,
-        (Recorded(tape, num_saved, loop, sees_solution), derivative.residuals),
+        (Recorded(tape, num_saved, loop, sees_solution), derivative),
         final_state,
         no_forward_mode=derivative.no_forward_mode,
     )
-    return eqx.tree_at(
-        lambda s: s.controller_state,
+
+
+def _pull_back(
+    perturbed, inputs, residuals, final_state, grad_final_state, axes
+) -> tuple[Parameters, Start, Bool[Array, ""]]:
+    """The rule for the derivative of every loop, by that of its `Derivative`."""
+    (parameters, start), (is_perturbed, start_is_perturbed) = inputs, perturbed
+    recorded, derivative = residuals
+    terms = with_weak_directions(parameters.terms)
+    parameters = eqx.tree_at(lambda p: p.terms, parameters, terms)
+    grads, is_wrong = derivative.rule(
+        Differentiated(*eqx.partition(parameters, is_perturbed), axes),
+        start,
+        start_is_perturbed,
+        recorded,
         final_state,
-        replace_fn=lambda x: nondifferentiable_backward(
-            x,
-            msg=f"`adjoint={name}()` does not differentiate the output "
-            f"`controller_state`. {_instead}",
-            symbolic=False,
-        ),
-        is_leaf=_is_none,
+        grad_final_state,
+    )
+    grads = nondifferentiable_backward(grads, msg=derivative.no_second_derivative)
+    return *grads, is_wrong
+
+
+def without_derivative(
+    get: Callable[[State], Any], final_state: State, msg: str
+) -> State:
+    """`final_state`, with an error if what `get` returns of it is differentiated."""
+    return eqx.tree_at(
+        get,
+        final_state,
+        replace_fn=lambda x: nondifferentiable_backward(x, msg=msg, symbolic=False),
+        is_leaf=lambda x: x is None,
     )
 
 
 def _run(
-    cond_fun,
-    body_fun,
-    init_state: State,
-    derivative: Derivative,
-    may_have_gaps: bool,
-    **kwargs: Any,
+    derivative: Derivative, may_have_gaps: bool, *args: Any, **kwargs: Any
 ) -> tuple[State, Tape | None]:
     """The loop without its derivative, and the tape if there is one."""
     if kwargs["max_steps"] is None or derivative.steps_per_page is None:
-        return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
+        return plain_while_loop(*args, **kwargs), None
     return loop_and_record(
-        cond_fun,
-        body_fun,
-        init_state,
+        *args,
         steps_per_page=derivative.steps_per_page,
         may_have_gaps=may_have_gaps,
         take_snapshots=derivative.takes_snapshots,
@@ -231,15 +232,6 @@ def _run(
     )
 
 
-def _get_times(state: State) -> tuple[Any, ...]:
-    return (
-        state.tprev,
-        state.tnext,
-        state.controller_state,
-        state.event_tprev,
-        state.event_tnext,
-    )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+_get_times = operator.attrgetter(
+    "tprev", "tnext", "controller_state", "event_tprev", "event_tnext"
+)

@@ -1,14 +1,13 @@
 """What a forward solve records for the backward sweep.
 
-That is when its accepted steps were made, one number a step (or two, and whether the
-step came after a jump, where the step size controller may leave gaps between steps);
-and, if wanted, snapshots of the solve every so many steps. Everything else about the
-forward solve can be found again from these and its end.
+That is when its accepted steps were made, one number a step (or two, where the step
+size controller may leave gaps between steps); and, if wanted, snapshots of the solve.
+Everything else about it can be found again from these and its end.
 
-The tape is cut into pages, and both the forward loop and the sweep are two nested
-loops: over pages, and over the steps of a page. Snapshots are taken at the start of
-each page. An inner loop handles one page alone. Where there are no snapshots this is
-for speed only, of small solves on a CPU: see `docs/how_it_works/small_loops.md`.
+The tape is cut into pages, with a snapshot at the start of each, and both the forward
+loop and the sweep are two nested loops: over pages, and over the steps of a page. Where
+there are no snapshots this is for speed only, of small solves on a CPU: see
+`docs/how_it_works/small_loops.md`.
 """
 
 import math
@@ -138,10 +137,8 @@ def loop_and_record(
     may_have_gaps: bool,
     take_snapshots: bool,
 ) -> tuple[State, Tape]:
-    """Runs the loop of a solve, and records it.
-
-    The arguments are those that diffrax calls its `outer_while_loop` with, and how to
-    record.
+    """Runs the loop of a solve, with the arguments that diffrax calls its
+    `outer_while_loop` with, and records it.
     """
     num_pages = max(1, math.ceil(max_steps / steps_per_page))
     # Not zeros: in a batch, a step is made from here for elements that made none.

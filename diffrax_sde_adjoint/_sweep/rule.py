@@ -2,6 +2,7 @@
 state and outputs to those of all that it depends on.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,18 +10,12 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from .._compat import State, nondifferentiable_backward, save_y
+from .._compat import State, save_y
 from .._forward.gradient_in_times import pull_back_times
 from .._forward.instability import Spurious, is_unstable
-from .._forward.records import (
-    Cotangents,
-    Differentiated,
-    Parameters,
-    Recorded,
-    Start,
-)
+from .._forward.records import Cotangents, Recorded, Start
 from .._forward.return_error import (
     ReturnError,
     could_not_return,
@@ -28,27 +23,19 @@ from .._forward.return_error import (
     near_exact_tolerance,
     size_of_loss,
 )
-from .._forward.saved import cotangents_of_earlier, get_save_states
+from .._forward.saved import cotangents_of_earlier, get_positions, get_save_states
 from .._forward.tape import SolveState
 from .._misc import zeros_like
 from .._solver import EES25, EES27, Reversible, ReversibleHeun, is_reversible
 from .._solver.stage_loops import summed_over_batches
-from .._term.base import with_weak_directions
 from .replay import replay
-from .saved_outputs import Position, SavedOutputs
+from .saved_outputs import SavedOutputs
 from .sweep import Sweep, SweepState, arrive
 from .undo import inverts_last_step, undo
 from .undo_staggered import can_stagger, undo_staggered
 
 
 _T = TypeVar("_T")
-
-no_second_derivative = (
-    "`adjoint=StochasticAdjoint()` does not support differentiating a gradient in "
-    "reverse mode. Differentiate it in forward mode, as in `jax.jacfwd(jax.grad(f))`, "
-    "or use `adjoint=diffrax.DirectAdjoint()` instead."
-)
-
 
 # Solvers whose `backward_step` is known to be right.
 _invertible = (EES25, EES27, Reversible, ReversibleHeun)
@@ -60,74 +47,66 @@ class SweepRule(eqx.Module):
     `SubSaveAt.steps` of each.
     """
 
+    solver: diffrax.AbstractSolver
     save_steps: list[int]
     has_progress_meter: bool
     throw: bool
 
     def __call__(
-        self, perturbed, inputs, residuals, final_state, grad_final_state, axes
+        self, parameters, start, perturbed, recorded, final_state, grad_final_state
     ):
-        parameters, start = inputs
-        perturbed_parameters, perturbed_start = perturbed
-        recorded, solver = residuals
-        _check_supported(recorded)
-        if axes:
-            solver = summed_over_batches(solver)
-        terms = with_weak_directions(parameters.terms)
-        parameters = eqx.tree_at(lambda p: p.terms, parameters, terms)
-        diff, nondiff = eqx.partition(parameters, perturbed_parameters)
-        saved_ys = _SavedYs(final_state, grad_final_state, parameters.save_fns)
-        sweep = Sweep(
-            solver=solver,
-            tape=recorded.tape,
-            init_y=start.state.y,
-            outputs=self._outputs(grad_final_state, parameters),
-            parameters=Differentiated(diff, nondiff, axes),
+        self._check_supported(recorded, perturbed)
+        size = _make_size_of_loss(
+            final_state, grad_final_state, parameters.all.save_fns
         )
-        end = _end(sweep, final_state, grad_final_state, saved_ys.size)
-        first = _go(sweep, end, start.state)
-        grad_start = Start(
-            state=first.grads.state,
-            saved=cotangents_of_earlier(
-                recorded.num_saved, final_state, grad_final_state
-            ),
-            times=self._grad_times(start, perturbed_start, recorded, grad_final_state),
-        )
-        size = lambda largest_y: saved_ys.size(largest_y, by_entry=True)
-        grads, is_wrong = self._checked(
-            (first.grads.parameters, grad_start), sweep, end, first, size
-        )
-        return *nondifferentiable_backward(grads, msg=no_second_derivative), is_wrong
-
-    def _outputs(self, grad_final_state: State, parameters: Parameters) -> SavedOutputs:
-        grad_save_states = get_save_states(grad_final_state)
-        return SavedOutputs(
+        solver = summed_over_batches(self.solver) if parameters.axes else self.solver
+        grad_saved = get_save_states(grad_final_state)
+        outputs = SavedOutputs(
             steps=self.save_steps,
-            sees_args=[fn is not save_y for fn in parameters.save_fns],
-            grad_ys=[x.ys for x in grad_save_states],
-            grad_ts=[x.ts for x in grad_save_states],
+            interpolation_cls=solver.interpolation_cls,
+            parameters=parameters,
+            grad_ys=[x.ys for x in grad_saved],
+            grad_ts=[x.ts for x in grad_saved],
             grad_dense_infos=grad_final_state.dense_infos,
             grad_event_dense_info=grad_final_state.event_dense_info,
         )
+        sweep = Sweep(solver, recorded.tape, start.state.y, outputs, parameters)
+        end = _end(sweep, final_state, grad_final_state, size)
+        if is_reversible(solver):
+            way = undo_staggered if can_stagger(sweep, end) else undo
+            first = arrive(sweep(way, end), start.state)
+        else:
+            first = sweep(replay, end)
+        saved = cotangents_of_earlier(recorded.num_saved, final_state, grad_final_state)
+        times = pull_back_times(
+            start.times, recorded.loop, perturbed.times, grad_final_state
+        )
+        grads = (first.grads.parameters, Start(first.grads.state, saved, times))
+        return self._checked(grads, sweep, end, first, size)
 
-    def _grad_times(
-        self,
-        start: Start,
-        perturbed: Start,
-        recorded: Recorded,
-        grad_final_state: State,
-    ) -> PyTree[Array | None]:
-        if not any(jtu.tree_leaves(perturbed.times)):
-            return jtu.tree_map(lambda _: None, start.times)
-        if self.has_progress_meter:
+    def _check_supported(self, recorded: Recorded, perturbed: Start) -> None:
+        if recorded.tape is None:
+            raise ValueError(
+                "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+                "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
+                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
+                "which may be generous: it costs the size of one floating-point number "
+                "a step."
+            )
+        if recorded.sees_solution:
+            raise ValueError(
+                "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
+                "depend on the solution, as they do with this step size controller. "
+                "Put `jax.lax.stop_gradient` around what it computes from the "
+                "solution, as `diffrax.PIDController` does, or use "
+                "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
+            )
+        if self.has_progress_meter and any(jtu.tree_leaves(perturbed.times)):
             raise ValueError(
                 "`diffeqsolve(..., progress_meter=..., adjoint=StochasticAdjoint())` "
                 "does not support differentiating with respect to the times of a "
                 "solve, as it is then run once more. Do without the progress meter."
             )
-        return pull_back_times(
-            start.times, recorded.loop, perturbed.times, grad_final_state
-        )
 
     def _checked(
         self,
@@ -135,14 +114,15 @@ class SweepRule(eqx.Module):
         sweep: Sweep,
         end: SweepState,
         first: SweepState,
-        size: Callable[[PyTree[Array]], Float[Array, ""]],
+        size: Callable[..., Float[Array, ""]],
     ) -> tuple[_T, Bool[Array, ""]]:
         """`grads`, and whether they are wrong: which is an error, if it is to be."""
         failed = jnp.invert(diffrax.is_okay(first.result))
         did_not_return = first.return_error.is_too_large()
         unstable = unstable_here = jnp.array(False)
         if first.spurious is not None:
-            scale = size(first.spurious.size_of_change(sweep.tape, sweep.init_y))
+            change = first.spurious.size_of_change(sweep.tape, sweep.init_y)
+            scale = size(change, by_entry=True)
             unstable, unstable_here = first.spurious.is_too_large(scale, sweep.axes)
         if self.throw:
             grads = first.result.error_if(grads, failed)
@@ -163,70 +143,32 @@ class SweepRule(eqx.Module):
         return grads, failed | did_not_return | unstable_here
 
 
-def _check_supported(recorded: Recorded) -> None:
-    if recorded.tape is None:
-        raise ValueError(
-            "Cannot differentiate `diffeqsolve(..., max_steps=None, "
-            "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory to "
-            "allocate for the times of the steps. Pass a bound as `max_steps`, which "
-            "may be generous: it costs the size of one floating-point number a step."
-        )
-    if recorded.sees_solution:
-        raise ValueError(
-            "`adjoint=StochasticAdjoint()` does not differentiate how step sizes "
-            "depend on the solution, as they do with this step size controller. Put "
-            "`jax.lax.stop_gradient` around what it computes from the solution, as "
-            "`diffrax.PIDController` does, or use "
-            "`adjoint=diffrax.RecursiveCheckpointAdjoint()`."
-        )
-
-
-class _SavedYs:
-    """The outputs of a solve with their cotangents: where they are the solution itself,
-    and others.
-    """
-
-    def __init__(
-        self, final_state: State, grad_final_state: State, save_fns: list[Any]
-    ):
-        save_states = zip(
-            get_save_states(final_state),
-            get_save_states(grad_final_state),
-            [fn is save_y for fn in save_fns],
-            strict=True,
-        )
-        saved = [(x.ys, grad.ys, is_y) for x, grad, is_y in save_states]
-        get_others = lambda state: (
-            (state.dense_infos, state.event_dense_info),
-            state.solver_state,
-        )
-        self._grad_ys = [
-            grad_final_state.y,
-            *(grad for _, grad, is_y in saved if is_y),
-        ]
-        self._others = (
-            [ys for ys, _, is_y in saved if not is_y],
-            get_others(final_state),
-        )
-        self._grad_others = (
-            [grad for _, grad, is_y in saved if not is_y],
-            get_others(grad_final_state),
-        )
-
-    def size(
-        self, largest_y: PyTree[Float[Array, "..."]], by_entry: bool = False
-    ) -> Float[Array, ""]:
-        """The size of the loss, see `size_of_loss`."""
-        return size_of_loss(
-            largest_y, self._grad_ys, self._others, self._grad_others, by_entry
-        )
+def _make_size_of_loss(
+    final_state: State, grad_final_state: State, save_fns: list[Any]
+) -> Callable[..., Float[Array, ""]]:
+    """`size_of_loss` of what a solve has left, as a function of the size of `y`."""
+    grad_ys, others, grad_others = [grad_final_state.y], [], []
+    states = (final_state, grad_final_state)
+    for fn, x, grad in zip(save_fns, *map(get_save_states, states), strict=True):
+        if fn is save_y:
+            grad_ys.append(grad.ys)
+        else:
+            others.append(x.ys)
+            grad_others.append(grad.ys)
+    get = lambda state: (state.dense_infos, state.event_dense_info, state.solver_state)
+    return ft.partial(
+        size_of_loss,
+        grad_ys=grad_ys,
+        others=(others, get(final_state)),
+        grad_others=(grad_others, get(grad_final_state)),
+    )
 
 
 def _end(
     sweep: Sweep,
     final_state: State,
     grad_final_state: State,
-    size: Callable[[PyTree[Array]], Float[Array, ""]],
+    size: Callable[..., Float[Array, ""]],
 ) -> SweepState:
     """What the sweep carries at the end of the solve."""
     solver = sweep.solver
@@ -234,10 +176,7 @@ def _end(
     return SweepState(
         state=SolveState(final_state.y, final_state.solver_state),
         next_t0=final_state.tprev,
-        positions=[
-            Position(jnp.asarray(x.saveat_ts_index), jnp.asarray(x.save_index))
-            for x in get_save_states(final_state)
-        ],
+        positions=get_positions(final_state),
         grads=Cotangents(
             state=SolveState(grad_final_state.y, grad_final_state.solver_state),
             parameters=zeros_like(sweep.parameters.diff),
@@ -254,11 +193,3 @@ def _end(
         ),
         result=diffrax.RESULTS.successful,
     )
-
-
-def _go(sweep: Sweep, end: SweepState, known: SolveState) -> SweepState:
-    """Goes from the end of the solve to its start, where the state is `known`."""
-    if not is_reversible(sweep.solver):
-        return sweep(replay, end)
-    way = undo_staggered if can_stagger(sweep, end) else undo
-    return arrive(sweep(way, end), known)

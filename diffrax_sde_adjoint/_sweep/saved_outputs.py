@@ -8,7 +8,6 @@ of this from the last to the first. What is saved before the first step and afte
 last one does not pass through here: JAX differentiates it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,31 +19,23 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import any_of, where_active
-from .._compat import DenseInfo, RealScalarLike, Y
+from .._compat import DenseInfo, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Differentiated, Parameters
+from .._forward.saved import Position
 from .._forward.tape import Step
 from .._misc import add_where_given, zeros_like
-
-
-class Position(eqx.Module):
-    """How far a `SubSaveAt` had come: the number of its `ts`, and that of all of its
-    outputs, which were saved before the end of a step.
-    """
-
-    ts_index: Int[Array, ""]
-    save_index: Int[Array, ""]
 
 
 class SavedOutputs(eqx.Module):
     """The cotangents of all that is saved in the steps of a solve.
 
     Those of the outputs of each `SubSaveAt`, and of the `dense_info`s, have a leading
-    axis over steps or what was saved in them. Of each, `steps` is `SubSaveAt.steps`,
-    and `sees_args` whether it has a function, which may look at `args`.
+    axis over steps or what was saved in them. Of each, `steps` is `SubSaveAt.steps`.
     """
 
     steps: list[int] = eqx.field(static=True)
-    sees_args: list[bool] = eqx.field(static=True)
+    interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation]
+    parameters: Differentiated
     grad_ys: list[PyTree[Array | None]]
     grad_ts: list[Array]
     grad_dense_infos: PyTree[Array | None]
@@ -56,13 +47,12 @@ class SavedOutputs(eqx.Module):
         next_t0: RealScalarLike,
         y1: Y,
         positions: list[Position],
-        parameters: Differentiated,
         grads: Cotangents,
     ) -> tuple[list[Position], Cotangents]:
         """Adds what `SaveAt(steps=...)` saved at the end of a step to the cotangents of
         the parameters and of `y1`.
         """
-        axes = parameters.axes
+        axes = self.parameters.axes
         positions = list(positions)
         for i, num in enumerate(self.steps):
             if num == 0:
@@ -73,30 +63,19 @@ class SavedOutputs(eqx.Module):
             num_left = positions[i].save_index - jnp.where(is_saved, 1, 0)
             positions[i] = Position(positions[i].ts_index, num_left)
 
-            def evaluate(parameters, y, t, i=i):
-                return _evaluate(i, t, y, parameters)
-
-            def more(i=i, num_left=num_left, is_saved=is_saved, evaluate=evaluate):
+            def more(i=i, num_left=num_left, is_saved=is_saved):
                 grad = self._grad_output(i, num_left)
-                of_output = parameters.only(functools.partial(self._relevant, i))
-                _, pull_back = of_output.vjp(evaluate, y1, next_t0)
+                _, pull_back = self._parameters_of(i).vjp(_evaluate, y1, next_t0, i)
                 return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
 
             if num == 1:
-                grad_parameters, grad_y1 = more()
+                grad = more()
             else:
                 zeros = zeros_like(eqx.filter_eval_shape(more))
-                is_needed = any_of(is_saved, axes)
                 nothing = lambda zeros=zeros: zeros
-                grad_parameters, grad_y1 = lax.cond(is_needed, more, nothing)
-            grads = eqx.tree_at(
-                lambda g: (g.parameters, g.state.y),
-                grads,
-                (
-                    add_where_given(grads.parameters, grad_parameters),
-                    add_where_given(grads.state.y, grad_y1),
-                ),
-            )
+                grad = lax.cond(any_of(is_saved, axes), more, nothing)
+            get = lambda grads: (grads.parameters, grads.state.y)
+            grads = eqx.tree_at(get, grads, add_where_given(get(grads), grad))
         return positions, grads
 
     def add_grad_dense_info(
@@ -104,9 +83,7 @@ class SavedOutputs(eqx.Module):
         step: Step,
         is_last: Bool[Array, ""],
         dense_info: DenseInfo,
-        interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
         positions: list[Position],
-        parameters: Differentiated,
         grads: Cotangents,
     ) -> tuple[list[Position], Cotangents, DenseInfo]:
         """The cotangent of the `dense_info` of a step, from what was saved within it;
@@ -124,18 +101,13 @@ class SavedOutputs(eqx.Module):
 
         positions = list(positions)
         grad_parameters = grads.parameters
-        for i, ts in enumerate(parameters.all.save_ts):
+        for i, ts in enumerate(self.parameters.all.save_ts):
             if ts is None or len(ts) == 0:
                 continue
             # The others are not carried through the loop.
-            relevant = self._relevant(i, grad_parameters)
+            relevant = eqx.filter(grad_parameters, self._of_output(i))
             positions[i], relevant, grad_info = self._add_grad_ts(
-                i,
-                step,
-                dense_info,
-                interpolation_cls,
-                parameters.only(functools.partial(self._relevant, i)),
-                (positions[i], relevant, grad_info),
+                i, step, dense_info, (positions[i], relevant, grad_info)
             )
             grad_parameters = eqx.combine(relevant, grad_parameters)
         grads = eqx.tree_at(lambda g: g.parameters, grads, grad_parameters)
@@ -146,14 +118,12 @@ class SavedOutputs(eqx.Module):
         i: int,
         step: Step,
         dense_info: DenseInfo,
-        interpolation_cls: Callable[..., diffrax.AbstractLocalInterpolation],
-        parameters: Differentiated,
         carry: tuple[Position, Parameters, DenseInfo],
     ) -> tuple[Position, Parameters, DenseInfo]:
         """Adds what `SubSaveAt` number `i` saved at those of its `ts` that are within a
         step to the cotangents of the parameters and of `dense_info`.
         """
-        axes = parameters.axes
+        parameters, axes = self._parameters_of(i), self.parameters.axes
         ts = parameters.all.save_ts[i]
 
         def is_in_step(position):
@@ -169,8 +139,8 @@ class SavedOutputs(eqx.Module):
 
         def evaluate(parameters, dense_info, step, index):
             t = parameters.save_ts[i][index]
-            interpolation = interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
-            return _evaluate(i, t, interpolation.evaluate(t), parameters), t
+            interpolation = self.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
+            return _evaluate(parameters, interpolation.evaluate(t), t, i), t
 
         def add_grad(carry):
             position, *grads = carry
@@ -187,23 +157,21 @@ class SavedOutputs(eqx.Module):
 
         return lax.while_loop(is_any_left, add_grad, carry)
 
-    def _relevant(self, i: int, parameters: Parameters) -> Parameters:
-        """The parameters that `SubSaveAt` number `i` depends on, of arrays that are
-        differentiated or of their cotangents.
-        """
-        keep_if = lambda pred, tree: jtu.tree_map(lambda x: x if pred else None, tree)
-        return Parameters(
-            keep_if(False, parameters.terms),
-            keep_if(self.sees_args[i], parameters.args),
-            [keep_if(i == j, fn) for j, fn in enumerate(parameters.save_fns)],
-            [keep_if(i == j, ts) for j, ts in enumerate(parameters.save_ts)],
-        )
+    def _of_output(self, i: int) -> Parameters:
+        """Which parameters `SubSaveAt` number `i` depends on."""
+        is_one = [i == j for j in range(len(self.steps))]
+        # Without a function, what is saved is the solution.
+        has_fn = self.parameters.nondiff.save_fns[i] is not save_y
+        return Parameters(False, has_fn, is_one, is_one)
+
+    def _parameters_of(self, i: int) -> Differentiated:
+        return self.parameters.only(self._of_output(i))
 
     def _grad_output(self, i: int, index: Int[Array, ""]) -> Any:
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])
 
 
-def _evaluate(i: int, t: RealScalarLike, y: Y, parameters: Parameters) -> Any:
+def _evaluate(parameters: Parameters, y: Y, t: RealScalarLike, i: int) -> Any:
     """What `SubSaveAt` number `i` saves."""
     out = parameters.save_fns[i](t, y, parameters.args)
     return eqx.filter(out, eqx.is_inexact_array)

@@ -26,11 +26,11 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._autodiff.batched_vjp import Axes, maximum, where_active
 from .._compat import Args, DenseInfo, RealScalarLike, Y
-from .._forward.instability import Spurious, worth_of_distance
+from .._forward.instability import Spurious
 from .._forward.records import (
     Cotangents,
     Differentiated,
@@ -39,11 +39,12 @@ from .._forward.records import (
     of_step,
 )
 from .._forward.return_error import ReturnError
+from .._forward.saved import Position
 from .._forward.tape import Page, SolveState, Step, Tape
 from .._misc import add_where_given, in_scope, zeros_like
 from .._solver.stage_loops import in_forward_mode
 from .._term.known_control import evaluate_controls, with_controls
-from .saved_outputs import Position, SavedOutputs
+from .saved_outputs import SavedOutputs
 
 
 class SweepState(eqx.Module):
@@ -90,9 +91,7 @@ class Sweep(eqx.Module):
         sweep_page: Callable[["Sweep", Page, SweepState], SweepState],
         carry: SweepState,
     ) -> SweepState:
-        """Goes from the end of the solve to its start, with one of the ways to go back
-        through a page.
-        """
+        """Goes from the end of the solve to its start, by `sweep_page` on each page."""
 
         def body(i, is_active, carry):
             page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
@@ -101,14 +100,7 @@ class Sweep(eqx.Module):
             carry = sweep_page(self, page, carry)
             if carry.spurious is None:
                 return carry
-            worth = worth_of_distance(
-                self.solver,
-                self.terms,
-                carry.next_t0,
-                self.args,
-                carry.state,
-                carry.grads.state.solver_state,
-            )
+            worth = self._worth_of_distance(carry)
             spurious = carry.spurious.at(worth, carry.state.y, self.init_y)
             return eqx.tree_at(lambda c: c.spurious, carry, spurious)
 
@@ -116,6 +108,26 @@ class Sweep(eqx.Module):
         if carry.spurious is not None:
             num = num * self.tape.parts_per_page
         return self.backwards(num, body, carry)
+
+    def _worth_of_distance(self, carry: SweepState) -> Float[Array, ""]:
+        """To first order, by how much the loss would change if from here on the solver
+        were to start anew, with `yhat` at `y`: see `instability.py`.
+        """
+
+        def product(grad, x, x_anew):
+            if grad is None:
+                return None
+            return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
+
+        t, y = carry.next_t0, carry.state.y
+        products = jtu.tree_map(
+            product,
+            carry.grads.state.solver_state,
+            carry.state.solver_state,
+            self.solver.init(self.terms, t, t, y, self.args),
+            is_leaf=lambda x: x is None,
+        )
+        return sum(jtu.tree_leaves(products), start=jnp.zeros(()))
 
     def backwards(
         self,
@@ -158,14 +170,12 @@ class Sweep(eqx.Module):
 
     def controls(
         self, step: Step
-    ) -> tuple[list[PyTree[Any]], Callable[[Any], Parameters]]:
+    ) -> tuple[list[PyTree[Any]], Callable[[Any], tuple[Parameters, None]]]:
         """The controls of a step, and what pulls their cotangents back to those of the
         parameters.
         """
-        controls, pull_back = self.parameters.only(of_controls).vjp(
-            _evaluate_controls, None, self.solver, step
-        )
-        return controls, lambda grad_controls: pull_back(grad_controls)[0]
+        parameters = self.parameters.only(of_controls)
+        return parameters.vjp(_evaluate_controls, None, self.solver, step)
 
     @in_scope("pull_back_step")
     def pull_back(
@@ -174,7 +184,7 @@ class Sweep(eqx.Module):
         state0: SolveState,
         carry: SweepState,
         controls: list[PyTree[Any]],
-        pull_back_controls: Callable[[Any], Parameters],
+        pull_back_controls: Callable[[Any], tuple[Parameters, None]],
     ) -> SweepState:
         """Pulls the cotangents back through a step that started at `state0`."""
         (_, dense_info, _), pull_back = self.parameters.only(of_step).vjp(
@@ -187,10 +197,9 @@ class Sweep(eqx.Module):
         grad_parameters, (grad_state0, grad_controls) = pull_back(
             where_active(step.is_made, grad_step, zeros_like(grad_step), self.axes)
         )
-        grad_parameters = add_where_given(
-            add_where_given(grads.parameters, grad_parameters),
-            pull_back_controls(grad_controls),
-        )
+        grad_parameters = add_where_given(grads.parameters, grad_parameters)
+        more, _ = pull_back_controls(grad_controls)
+        grad_parameters = add_where_given(grad_parameters, more)
         return eqx.tree_at(
             lambda c: (c.state, c.next_t0, c.positions, c.grads),
             carry,
@@ -206,16 +215,11 @@ class Sweep(eqx.Module):
         that of `dense_info`.
         """
         positions, grads = self.outputs.add_grad_y1(
-            step, carry.next_t0, y1, carry.positions, self.parameters, carry.grads
+            step, carry.next_t0, y1, carry.positions, carry.grads
         )
+        is_last = step.index == self.tape.num_steps - 1
         return self.outputs.add_grad_dense_info(
-            step,
-            step.index == self.tape.num_steps - 1,
-            dense_info,
-            self.solver.interpolation_cls,
-            positions,
-            self.parameters,
-            grads,
+            step, is_last, dense_info, positions, grads
         )
 
 
@@ -227,22 +231,17 @@ def _make_step(
 ) -> tuple[Y, DenseInfo, PyTree[Any]]:
     """Makes a step from a state at its start and the controls over it."""
     state0, controls = own
+    t0, t1, args = step.t0, step.t1, parameters.args
+    terms = with_controls(parameters.terms, t0, t1, controls)
     y1, _, dense_info, solver_state1, _ = solver.step(
-        with_controls(parameters.terms, step.t0, step.t1, controls),
-        step.t0,
-        step.t1,
-        state0.y,
-        parameters.args,
-        state0.solver_state,
-        step.made_jump,
+        terms, t0, t1, state0.y, args, state0.solver_state, step.made_jump
     )
     return y1, dense_info, solver_state1
 
 
 def _evaluate_controls(
-    parameters: Parameters, own: None, solver: diffrax.AbstractSolver, step: Step
+    parameters: Parameters, _: None, solver: diffrax.AbstractSolver, step: Step
 ) -> list[PyTree[Any]]:
-    del own
     return evaluate_controls(solver, parameters.terms, step.t0, step.t1)
 
 

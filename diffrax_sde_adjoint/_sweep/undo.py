@@ -55,13 +55,7 @@ def _undo_step(
 ) -> tuple[SolveState, diffrax.RESULTS]:
     """`solver.backward_step`, if it returns what it should."""
     out = solver.backward_step(
-        terms,
-        step.t0,
-        step.t1,
-        state1.y,
-        args,
-        state1.solver_state,
-        step.made_jump,
+        terms, step.t0, step.t1, state1.y, args, state1.solver_state, step.made_jump
     )
     name = f"{type(solver).__name__}.backward_step"
     if not isinstance(out, tuple) or len(out) != 4:

@@ -2,9 +2,8 @@
 for each.
 
 Undoing a step evaluates the vector field at its left end, and differentiating it does
-so at its right end. So if each step is undone and then differentiated, this makes two
-evaluations at each point between two steps. Here it is one. What is carried is, with
-the control `dX` over the step to the right of such a point,
+so at its right end, which would be two evaluations at each point between two steps.
+Instead, with the control `dX` over the step to the right of such a point, this carries
 
     u = y + vf / 2 dX
 
@@ -13,17 +12,16 @@ the control `dX` over the step to the right of such a point,
     yhat0 = 2 y1 - yhat1 - vf1 dX
     y0    = y1 - (vf0 + vf1) / 2 dX
 
-`u0 = y1 - vf1 / 2 dX` is known without `vf0`. So it is not before the sweep comes to
-the left of the point that the vector field is evaluated there, together with its
-derivative, and gives `y`.
+`u0 = y1 - vf1 / 2 dX` is known without `vf0`, which is evaluated together with its
+derivative when the sweep comes to the left of the point, and gives `y0`.
 
-Then cotangents are pulled back to a point, and through the vector field at it, before
-the solution at the next point on the left is known. So they must not depend on it,
-which is what `can_stagger` checks. That of the control over a step does, by `vf0 dX`:
-if it is wanted, as for a series that drives a controlled differential equation, then
-it is complete when the sweep comes to the left of the step.
+So cotangents are pulled back to a point before the solution at the next one on the left
+is known, and must not depend on it, which is what `can_stagger` checks. That of the
+control over a step does, by `vf0 dX`: if it is wanted, as for a series that drives a
+controlled differential equation, it is complete one step later.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -71,22 +69,26 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
     )
 
 
-class StepToTheRight(eqx.Module):
-    """The step to the right of a point: its times and its control. If the cotangent of
-    the control is wanted: what `vf1` has given of it, and the cotangent of `vf0 dX`,
-    which gives the rest once `vf0` is known.
+class StaggeredState(eqx.Module):
+    """What a point is known by: `u` and `yhat` there, and the times and the control of
+    the step to its right. If the cotangent of the control is wanted: what `vf1` has
+    given of it, and that of `vf0 dX`, which gives the rest once `vf0` is known.
     """
 
+    u: Y
+    yhat: Y
     t0: RealScalarLike
     t1: RealScalarLike
     control: PyTree[Any]
     grad_control: PyTree[Array | None]
     grad_product: Y | None
 
-    def grad_parameters(
-        self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike
+    def add_grad(
+        self, sweep: Sweep, vf0: VF, is_made: BoolScalarLike, grads: Parameters
     ) -> Parameters:
-        """The cotangent of the parameters, through the control."""
+        """Adds what comes through the control to the cotangents of the parameters."""
+        if self.grad_product is None:
+            return grads
         prod = lambda control: sweep.terms.prod(vf0, control)
         (more,) = eqx.filter_vjp(prod, self.control)[1](self.grad_product)
         grad_control = add_where_given(self.grad_control, more)
@@ -94,40 +96,19 @@ class StepToTheRight(eqx.Module):
             _evaluate_control, None, self.t0, self.t1
         )
         zeros = zeros_like(grad_control)
-        return pull_back(where_active(is_made, grad_control, zeros, sweep.axes))[0]
-
-
-class StaggeredState(eqx.Module):
-    """What a point is known by: `u` and `yhat` there, and the step to its right."""
-
-    u: Y
-    yhat: Y
-    right: StepToTheRight
+        more, _ = pull_back(where_active(is_made, grad_control, zeros, sweep.axes))
+        return add_where_given(grads, more)
 
 
 def undo_staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
-    control_is_wanted = _depends_on_parameters(sweep, page)
-    carry = _enter(sweep, page, carry, control_is_wanted)
-    step = lambda *x: _undo_step(sweep, page, control_is_wanted, *x)
+    carry = _enter(sweep, page, carry)
+    step = lambda *x: _undo_step(sweep, page, *x)
     carry = sweep.backwards(page.num_steps, step, carry)
-    return arrive_at_page(_leave(sweep, carry, control_is_wanted), page)
+    return arrive_at_page(_leave(sweep, carry), page)
 
 
-def _depends_on_parameters(sweep: Sweep, page: Page) -> bool:
-    """Whether the controls depend on what is differentiated."""
-    nondiff = sweep.parameters.nondiff
-    return depends_on(
-        lambda diff: _evaluate_control(
-            eqx.combine(diff, nondiff), None, page.ends[0], page.ends[1]
-        ),
-        sweep.parameters.diff,
-    )
-
-
-def _enter(
-    sweep: Sweep, page: Page, carry: SweepState, control_is_wanted: bool
-) -> SweepState:
+def _enter(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Gives the state at the end of a page the form in which steps are undone.
 
     To the right of the last step there is none, and so a control and cotangents of
@@ -137,12 +118,15 @@ def _enter(
     last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     no_control = zeros_like(eqx.filter_eval_shape(sweep.terms.contr, last.t0, last.t1))
     wanted = (None, None)
-    if control_is_wanted:
+    parameters = sweep.parameters
+    control_of = lambda diff: _evaluate_control(
+        eqx.combine(diff, parameters.nondiff), None, last.t0, last.t1
+    )
+    if depends_on(control_of, parameters.diff):
         grad_control = eqx.filter(no_control, eqx.is_inexact_array)
         wanted = (grad_control, zeros_like(carry.state.y))
     yhat, _ = carry.state.solver_state
-    right = StepToTheRight(last.t0, last.t1, no_control, *wanted)
-    state = StaggeredState(carry.state.y, yhat, right)
+    state = StaggeredState(carry.state.y, yhat, last.t0, last.t1, no_control, *wanted)
     return eqx.tree_at(lambda c: c.state, carry, state)
 
 
@@ -150,17 +134,16 @@ def _enter(
 def _undo_step(
     sweep: Sweep,
     page: Page,
-    control_is_wanted: bool,
     k: Int[Array, ""],
     is_made: Bool[Array, ""],
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)
-    terms, right, yhat1 = sweep.terms, carry.state.right, carry.state.yhat
+    terms, state1, yhat1 = sweep.terms, carry.state, carry.state.yhat
     grad_yhat1, grad_vf1 = carry.grads.state.solver_state
 
     vf1, pull_back_vf = sweep.parameters.only(of_step).vjp(_evaluate_vf, yhat1, step)
-    y1 = _add(carry.state.u, -0.5, terms.prod(vf1, right.control))
+    y1 = _add(state1.u, -0.5, terms.prod(vf1, state1.control))
 
     # What is saved is linear in `y0` and `y1`, so their values do not matter.
     zeros = zeros_like(y1)
@@ -182,11 +165,9 @@ def _undo_step(
     grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
     grad_parameters = add_where_given(grads.parameters, grad_parameters)
-    wanted = (None, None)
-    if control_is_wanted:
-        more = right.grad_parameters(sweep, vf1, step.is_made)
-        grad_parameters = add_where_given(grad_parameters, more)
-        wanted = (grad_control, grad_product)
+    grad_parameters = state1.add_grad(sweep, vf1, step.is_made, grad_parameters)
+    is_wanted = state1.grad_product is not None
+    wanted = (grad_control, grad_product) if is_wanted else (None, None)
     grad_y = _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
     minus_grad_yhat1 = jtu.tree_map(lambda x: -x, grad_yhat1)
     grad_state = SolveState(grad_y, (minus_grad_yhat1, grad_vf0))
@@ -194,35 +175,31 @@ def _undo_step(
     increment = terms.prod(vf1, control)
     u0 = _add(y1, -0.5, increment)
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
-    right = StepToTheRight(step.t0, step.t1, control, *wanted)
-    return eqx.tree_at(
-        lambda c: (c.state, c.next_t0, c.positions, c.grads),
+    return dataclasses.replace(
         carry,
-        (
-            StaggeredState(u0, yhat0, right),
-            step.t0,
-            positions,
-            Cotangents(grad_state, grad_parameters),
-        ),
+        state=StaggeredState(u0, yhat0, step.t0, step.t1, control, *wanted),
+        next_t0=step.t0,
+        positions=positions,
+        grads=Cotangents(grad_state, grad_parameters),
     )
 
 
-def _leave(sweep: Sweep, carry: SweepState, control_is_wanted: bool) -> SweepState:
+def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     """Gives the state at the start of a page its usual form."""
-    yhat, right = carry.state.yhat, carry.state.right
-    vf = sweep.terms.vf(carry.next_t0, yhat, sweep.args)
-    if control_is_wanted:
-        more = right.grad_parameters(sweep, vf, True)
-        grad_parameters = add_where_given(carry.grads.parameters, more)
-        carry = eqx.tree_at(lambda c: c.grads.parameters, carry, grad_parameters)
-    y = _add(carry.state.u, -0.5, sweep.terms.prod(vf, right.control))
-    return eqx.tree_at(lambda c: c.state, carry, SolveState(y, (yhat, vf)))
+    state = carry.state
+    vf = sweep.terms.vf(carry.next_t0, state.yhat, sweep.args)
+    grad_parameters = state.add_grad(sweep, vf, True, carry.grads.parameters)
+    y = _add(state.u, -0.5, sweep.terms.prod(vf, state.control))
+    return eqx.tree_at(
+        lambda c: (c.state, c.grads.parameters),
+        carry,
+        (SolveState(y, (state.yhat, vf)), grad_parameters),
+    )
 
 
 def _evaluate_control(
-    parameters: Parameters, own: None, t0: RealScalarLike, t1: RealScalarLike
+    parameters: Parameters, _: None, t0: RealScalarLike, t1: RealScalarLike
 ) -> PyTree[Any]:
-    del own
     return parameters.terms.contr(t0, t1)
 
 
