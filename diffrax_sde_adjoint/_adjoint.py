@@ -92,16 +92,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         - differentiating a solve with a step size controller of your own, if what it
             decides has a derivative with respect to the solution or `args`.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            year={2021},
-            journal={Advances in Neural Information Processing Systems}
-        }
-        ```
+    Source: Kidger, Foster, Li and Lyons, *Efficient and Accurate Gradients for Neural
+    SDEs*, NeurIPS 2021.
     """
 
     checkpoint_every: int | None = eqx.field(static=True, default=None)

@@ -90,19 +90,8 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     that misses a known state of the forward one by what is worth half of the size of
     the outputs times their cotangents, to first order.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @inproceedings{li2020scalable,
-            author={Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and
-                    Duvenaud, David},
-            title={{S}calable {G}radients for {S}tochastic {D}ifferential
-                   {E}quations},
-            booktitle={International Conference on Artificial Intelligence and
-                       Statistics},
-            year={2020}
-        }
-        ```
+    Source: Li, Wong, Chen and Duvenaud, *Scalable Gradients for Stochastic Differential
+    Equations*, AISTATS 2020.
     """
 
     solver: diffrax.AbstractSolver | None = None

@@ -157,7 +157,7 @@ class AdjointTerm(diffrax.AbstractTerm):
             roles = self.forward.roles
             if self.is_ito and self.index == roles.index("drift"):
                 noises = [
-                    AdjointTerm(self.forward, self.diff, i, True, self.diff_of_q)
+                    dataclasses.replace(self, index=i)
                     for i, role in enumerate(roles)
                     if role == "noise"
                 ]

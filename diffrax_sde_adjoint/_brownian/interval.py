@@ -100,32 +100,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         times is an error, as is differentiating through the constructor with respect
         to `t0`, `t1`, `dt` or `ts`.
 
-    ??? cite "References"
-
-        The laws of `H` and `K` of parts of an interval, given those of the whole:
-
-        ```bibtex
-        @phdthesis{foster2020numerical,
-            author={Foster, James},
-            title={{N}umerical approximations for stochastic differential equations},
-            school={University of Oxford},
-            year={2020}
-        }
-
-        @misc{jelincic2024singleseed,
-            author={Jelin\v{c}i\'c, Andra\v{z} and Foster, James and Kidger, Patrick},
-            title={{S}ingle-seed generation of {B}rownian paths and integrals for
-                   adaptive and high order {SDE} solvers},
-            year={2024},
-            eprint={2405.06464},
-            archivePrefix={arXiv}
-        }
-        ```
-
-        A tree of Brownian motion that is drawn again from its keys: Li, Wong, Chen and
-        Duvenaud, *Scalable gradients for stochastic differential equations*, AISTATS
-        2020. The `BrownianInterval` of torchsde: Kidger, Foster, Li and Lyons,
-        *Efficient and accurate gradients for neural SDEs*, NeurIPS 2021.
+    Sources: Foster, *Numerical approximations for stochastic differential equations*,
+    Oxford 2020, and Jelinčič, Foster and Kidger, arXiv:2405.06464, 2024, for the laws
+    of `H` and `K` of parts of an interval; Li, Wong, Chen and Duvenaud, AISTATS 2020,
+    for drawing again from keys; Kidger, Foster, Li and Lyons, NeurIPS 2021, for
+    torchsde's `BrownianInterval`.
     """
 
     t0: Float[Array, ""]

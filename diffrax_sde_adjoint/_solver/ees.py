@@ -99,17 +99,8 @@ class EES25(_EffectivelySymmetric):
     When used to solve SDEs it converges to the Stratonovich solution, with strong order
     0.5 in general and 1 for commutative noise.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{shmelev2025explicit,
-            author={Shmelev, Daniil and Ebrahimi-Fard, Kurusch and Tapia, Nikolas
-                    and Salvi, Cristopher},
-            title={{E}xplicit and {E}ffectively {S}ymmetric {R}unge-{K}utta {M}ethods},
-            year={2025},
-            journal={arXiv preprint arXiv:2507.21006}
-        }
-        ```
+    Source: Shmelev, Ebrahimi-Fard, Tapia and Salvi, *Explicit and Effectively Symmetric
+    Runge-Kutta Methods*, arXiv:2507.21006, 2025.
     """
 
     tableau: ClassVar[diffrax.ButcherTableau] = _tableau(

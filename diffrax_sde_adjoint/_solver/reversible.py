@@ -66,17 +66,8 @@ class Reversible(
     The wrapped solver may be explicit or implicit, for ODEs or Stratonovich SDEs. A
     solver that reuses an evaluation of the step before evaluates it again.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{mccallum2024efficient,
-            author={McCallum, Sam and Foster, James},
-            title={{E}fficient, {A}ccurate and {S}table {G}radients for {N}eural
-                   {ODE}s},
-            year={2024},
-            journal={arXiv preprint arXiv:2410.11648}
-        }
-        ```
+    Source: McCallum and Foster, *Efficient, Accurate and Stable Gradients for Neural
+    ODEs*, arXiv:2410.11648, 2024.
     """
 
     solver: diffrax.AbstractSolver

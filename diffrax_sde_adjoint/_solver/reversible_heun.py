@@ -146,16 +146,8 @@ class ReversibleHeun(
         path, which is also the way out; for an Itô SDE it is `diffrax.Euler`, on the
         terms as they are.
 
-    ??? cite "Reference"
-
-        ```bibtex
-        @article{kidger2021efficient,
-            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
-            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
-            year={2021},
-            journal={Advances in Neural Information Processing Systems}
-        }
-        ```
+    Source: Kidger, Foster, Li and Lyons, *Efficient and Accurate Gradients for Neural
+    SDEs*, NeurIPS 2021.
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm

@@ -141,6 +141,12 @@ def draw(seed: int) -> Program:
     if event is None:
         saveats.append("dense")
     saveat = choose(saveats)
+    if noise in ("function operator", "Jacobian operator") and (
+        event is not None or saveat == "dense"
+    ):
+        # `diffeqsolve` looks at a step of diffrax's, which cannot carry a function,
+        # before `StochasticAdjoint` can replace it.
+        solver = solver.removeprefix("diffrax.")
     batches = ["key", "y0", "args", "y0 and args", "t1", "ts"]
     if controller != "step to" and saveat != "dense":
         # Solves without a step, which these do not take.
