@@ -1,6 +1,7 @@
 """Tolerances and small systems that several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+import pytest
 from jaxtyping import Array, Float, PyTree
 
 
@@ -91,6 +93,22 @@ def make_terms(
     return diffrax.MultiTerm(
         diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, path)
     )
+
+
+def by_default_unless(
+    slow: Collection[Any] | Callable[..., bool], cases: Iterable[Any]
+) -> list[Any]:
+    """The cases of a table for `pytest.mark.parametrize`: each is a tuple of arguments,
+    or a single one. They run by default, but for those that are `slow`, or of which
+    `slow` is true, which run with `-m slow`.
+    """
+
+    def param(case):
+        values = case if isinstance(case, tuple) else (case,)
+        is_slow = slow(*values) if callable(slow) else case in slow
+        return pytest.param(*values, marks=pytest.mark.slow if is_slow else ())
+
+    return [param(case) for case in cases]
 
 
 def keys(num: int, seed: int = 0) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 from helpers import (
+    by_default_unless,
     keys,
     make_system,
     make_terms,
@@ -144,6 +145,7 @@ class Case:
     max_steps: int = 100
     differentiate_ts: bool = False
     differentiate_times: bool = False
+    slow: bool = False
 
     @property
     def is_adaptive(self) -> bool:
@@ -330,49 +332,67 @@ def assert_equal_gradients(case: Case):
     assert relative_error(as_vector(actual), as_vector(expected)) < tol
 
 
+_for_additive_noise = ("SEA", "SRA1", "ShARK")
+_for_odes = ("Tsit5", "Kvaerno3", "ImplicitEuler")
+# Each is two programs to compile. Most are slow, as random programs meet them as well.
 cases = {
+    "SPaRK": Case("SPaRK"),
+    "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
+    "times, Heun, clip, steps": Case(
+        "Heun",
+        noise="none",
+        saveat="steps",
+        controller="clip",
+        backward=True,
+        differentiate_times=True,
+    ),
     **{
-        f"{name}": Case(name)
+        name: Case(name, slow=True)
         for name in solvers
-        if name not in ("Tsit5", "Kvaerno3", "ImplicitEuler", "SEA", "SRA1", "ShARK")
+        if name not in ("SPaRK", *_for_odes, *_for_additive_noise)
     },
     **{
-        f"{s}, {state}": Case(s, state=state, noise=noise)
+        f"{s}, {state}": Case(s, state=state, noise=noise, slow=True)
         for s in ("ReversibleHeun", "Heun")
         for state, noise in (("scalar", "scalar"), ("tree", "general"))
     },
-    **{name: Case(name, noise="additive") for name in ("SEA", "SRA1", "ShARK")},
+    **{name: Case(name, noise="additive", slow=True) for name in _for_additive_noise},
+    **{name: Case(name, noise="none", slow=True) for name in _for_odes},
     **{
-        name: Case(name, noise="none")
-        for name in ("Tsit5", "Kvaerno3", "ImplicitEuler")
-    },
-    **{
-        f"{s}, {x}": Case(s, saveat=x)
+        f"{s}, {x}": Case(s, saveat=x, slow=True)
         for s in ("ReversibleHeun", "Heun")
         for x in ("steps", "steps=3", "steps, ts", "fn", "subs", "dense")
     },
     **{
-        f"{s}, {x}, ts": Case(s, saveat=x, differentiate_ts=True)
+        f"{s}, {x}, ts": Case(s, saveat=x, differentiate_ts=True, slow=True)
         for s in ("ReversibleHeun", "Heun")
         for x in ("t0, ts, t1", "fn", "subs", "dense")
     },
     **{
-        f"{s}, {x}": Case(s, controller=x)
+        f"{s}, {x}": Case(s, controller=x, slow=True)
         for s in ("ReversibleHeun", "Heun")
         for x in ("step to", "PID", "PID, no dt0", "clip", "jumps")
     },
     **{
         f"{s}, {x} event": Case(
-            s, event=x, noise="none" if x == "root" else "diagonal", saveat="steps, ts"
+            s,
+            event=x,
+            noise="none" if x == "root" else "diagonal",
+            saveat="steps, ts",
+            slow=True,
         )
         for s in ("ReversibleHeun", "Heun")
         for x in ("boolean", "float", "root")
     },
     "backward, PID, subs": Case(
-        "ReversibleHeun", controller="PID", saveat="subs", backward=True
+        controller="PID", saveat="subs", backward=True, slow=True
     ),
-    "backward, jumps, fn": Case("Heun", controller="jumps", saveat="fn", backward=True),
-    "backward, jumps, reversible": Case(controller="jumps", saveat="fn", backward=True),
+    "backward, jumps, fn": Case(
+        "Heun", controller="jumps", saveat="fn", backward=True, slow=True
+    ),
+    "backward, jumps, reversible": Case(
+        controller="jumps", saveat="fn", backward=True, slow=True
+    ),
     **{
         f"times, {s}, {controller}, {saveat}": Case(
             s,
@@ -382,42 +402,27 @@ cases = {
             backward=backward,
             event=event,
             differentiate_times=True,
+            slow=True,
         )
         for s, controller, saveat, backward, event in (
             ("ReversibleHeun", "constant", "t0, ts, t1", False, None),
             ("ReversibleHeun", "PID", "dense", True, None),
             ("Tsit5", "PID", "subs", False, None),
-            ("Heun", "clip", "steps", True, None),
             ("Heun", "PID, no dt0", "steps=3", False, None),
             ("ReversibleHeun", "jumps", "fn", False, None),
             ("Kvaerno3", "PID", "t1", False, "root"),
         )
     },
-    "checkpoints": Case(checkpoint_every=3),
-    "checkpoints, replay": Case("Heun", checkpoint_every=3),
-    "incomplete": Case(max_steps=4, saveat="subs"),
-    "incomplete replay": Case("Heun", max_steps=4, saveat="subs"),
-    "f32": Case(dtype=jnp.float32, saveat="subs", controller="PID"),
-    "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
+    "checkpoints": Case(checkpoint_every=3, slow=True),
+    "checkpoints, replay": Case("Heun", checkpoint_every=3, slow=True),
+    "incomplete": Case(max_steps=4, saveat="subs", slow=True),
+    "incomplete replay": Case("Heun", max_steps=4, saveat="subs", slow=True),
+    "f32": Case(dtype=jnp.float32, saveat="subs", controller="PID", slow=True),
 }
 
 
-# The others are run on request.
-by_default = (
-    "SPaRK",
-    "f32 replay",
-    "times, Heun, clip, steps",
-)
-
-
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, id=name, marks=() if name in by_default else pytest.mark.slow
-        )
-        for name, case in cases.items()
-    ],
+    "name", by_default_unless(lambda name: cases[name].slow, cases)
 )
-def test_equals_checkpointing(case):
-    assert_equal_gradients(case)
+def test_equals_checkpointing(name):
+    assert_equal_gradients(cases[name])

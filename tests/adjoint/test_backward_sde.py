@@ -1,5 +1,8 @@
 """`BackwardSDEAdjoint`: convergence to the gradient of SDEs whose solution is known."""
 
+import itertools
+from typing import NamedTuple
+
 import diffrax
 import equinox as eqx
 import jax
@@ -11,7 +14,15 @@ import lineax as lx
 import numpy as np
 import pytest
 from closed_forms import gradient_errors, problems
-from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
+from helpers import (
+    by_default_unless,
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
 
 from diffrax_sde_adjoint import (
     EES25,
@@ -25,40 +36,47 @@ from diffrax_sde_adjoint._term.reversed import reversed_control
 
 
 adjoint = BackwardSDEAdjoint()
+
+
+class Method(NamedTuple):
+    solver: diffrax.AbstractSolver
+    levy_area: type[diffrax.AbstractBrownianIncrement] = diffrax.BrownianIncrement
+    order: float = 1  # for noise that commutes
+    problem: str = "arctan"  # that is tried by default; the others are slow
+    slow: bool = False
+
+
 _h = diffrax.SpaceTimeLevyArea
-# Solvers, the Lévy area that they need, and their order for noise that commutes.
 solvers = {
-    "Heun": (diffrax.Heun(), None, 1),
-    "Midpoint": (diffrax.Midpoint(), None, 1),
-    "Ralston": (diffrax.Ralston(), None, 1),
-    "EulerHeun": (diffrax.EulerHeun(), None, 1),
-    "StratonovichMilstein": (diffrax.StratonovichMilstein(), None, 1),
-    "ReversibleHeun": (ReversibleHeun(), None, 1),
-    "EES25": (EES25(), None, 1),
-    "Reversible": (Reversible(diffrax.Heun()), None, 1),
-    "SPaRK": (diffrax.SPaRK(), _h, 1),
-    "GeneralShARK": (diffrax.GeneralShARK(), _h, 1),
-    "SlowRK": (diffrax.SlowRK(), _h, 1),
-    "ShARK": (diffrax.ShARK(), _h, 1),
-    "SRA1": (diffrax.SRA1(), _h, 1),
-    "SEA": (diffrax.SEA(), _h, 1),
-    "Euler": (diffrax.Euler(), None, 0.5),
-    "ItoMilstein": (diffrax.ItoMilstein(), None, 1),
+    "EulerHeun": Method(diffrax.EulerHeun()),
+    "Euler": Method(diffrax.Euler(), order=0.5, problem="general"),
+    "Heun": Method(diffrax.Heun(), slow=True),
+    "Midpoint": Method(diffrax.Midpoint(), slow=True),
+    "Ralston": Method(diffrax.Ralston(), slow=True),
+    "StratonovichMilstein": Method(diffrax.StratonovichMilstein(), slow=True),
+    "ReversibleHeun": Method(ReversibleHeun(), slow=True),
+    "EES25": Method(EES25(), slow=True),
+    "Reversible": Method(Reversible(diffrax.Heun()), slow=True),
+    "SPaRK": Method(diffrax.SPaRK(), _h, slow=True),
+    "GeneralShARK": Method(diffrax.GeneralShARK(), _h, slow=True),
+    "SlowRK": Method(diffrax.SlowRK(), _h, slow=True),
+    "ShARK": Method(diffrax.ShARK(), _h, slow=True),
+    "SRA1": Method(diffrax.SRA1(), _h, slow=True),
+    "SEA": Method(diffrax.SEA(), _h, slow=True),
+    "ItoMilstein": Method(diffrax.ItoMilstein(), slow=True),
 }
 for_additive_noise = ("ShARK", "SRA1", "SEA")
-by_default = (("EulerHeun", "arctan"), ("Euler", "general"))
 
 
-def grid():
-    for name in solvers:
-        for problem in problems:
-            marks = () if (name, problem) in by_default else pytest.mark.slow
-            yield pytest.param(name, problem, marks=marks, id=f"{name}-{problem}")
+def is_slow(name, problem):
+    return solvers[name].slow or problem != solvers[name].problem
 
 
-@pytest.mark.parametrize("name,problem", [*grid()])
+@pytest.mark.parametrize(
+    "name,problem", by_default_unless(is_slow, itertools.product(solvers, problems))
+)
 def test_converges(name, problem):
-    solver, levy_area, order = solvers[name]
+    solver, levy_area, order, *_ = solvers[name]
     if problem == "damped":
         order = 1
     errors = lambda: gradient_errors(
@@ -67,7 +85,7 @@ def test_converges(name, problem):
         adjoint,
         keys(64),
         jnp.array([16.0, 256.0]),
-        levy_area or diffrax.BrownianIncrement,
+        levy_area,
     )
     if name in for_additive_noise and not problems[problem].is_additive:
         with pytest.raises(ValueError, match="constant, independent of y"):

@@ -1,5 +1,7 @@
 """Solves on which reversible Heun is unstable are told from those where it is not."""
 
+import itertools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
-from helpers import keys, make_terms
+from helpers import by_default_unless, keys, make_terms
 
 from diffrax_sde_adjoint import (
     BrownianInterval,
@@ -174,18 +176,27 @@ def raises():
     return pytest.raises(RuntimeError, match="`ReversibleHeun` is not stable on this")
 
 
+slow = (
+    "OU, rate times length 16",
+    "OU, rate times length 15, shorter",
+    "drift with several zeros",
+    "double well",
+    "Heston, very volatile",
+    "Heston, less volatile",
+    "geometric Brownian motion",
+    "oscillator",
+    "networks",
+    "a solution that does not move",
+)
+
+
+def is_slow(name, checkpoint_every):
+    return name in slow or (checkpoint_every is None) != name.startswith("OU")
+
+
 @pytest.mark.parametrize(
     "name,checkpoint_every",
-    [
-        ("OU about 1000", None),
-        ("Heston", 10),
-        *(
-            pytest.param(name, num, marks=pytest.mark.slow)
-            for name in bad
-            for num in (None, 10)
-            if (name, num) not in (("OU about 1000", None), ("Heston", 10))
-        ),
-    ],
+    by_default_unless(is_slow, itertools.product(bad, (None, 10))),
 )
 def test_unstable(name, checkpoint_every):
     """Also where states that are kept make the way back exact."""
@@ -209,13 +220,7 @@ def test_wrong_gradient():
     assert right < 0 < wrong
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "OU" else pytest.mark.slow)
-        for name in good
-    ],
-)
+@pytest.mark.parametrize("name", by_default_unless(slow, good))
 def test_stable(name):
     """As accurate as Heun's method."""
     ours = gradient(good[name], ReversibleHeun(), StochasticAdjoint())

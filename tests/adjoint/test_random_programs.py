@@ -9,6 +9,7 @@ import random
 import diffrax
 import jax.numpy as jnp
 import pytest
+from helpers import by_default_unless
 from programs import Program, assert_equal, ours, solvers, takes_any_terms, theirs
 from test_adjoint_cases import with_levy_area
 
@@ -204,17 +205,10 @@ def test_draws_differ():
         assert len(values) > 1, field.name
 
 
-# The others are run on request.
-by_default = (5, 12, 31, 32, 33, 45)
-
-
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
+# By default a few, which are quick to compile and differ in much.
 @pytest.mark.parametrize(
-    "seed",
-    [
-        pytest.param(seed, marks=() if seed in by_default else pytest.mark.slow)
-        for seed in range(200)
-    ],
+    "seed", by_default_unless(lambda seed: seed not in (5, 31, 32), range(200))
 )
 def test_random_program(seed):
     program = draw(seed)

@@ -11,7 +11,15 @@ import jax.random as jr
 import numpy as np
 import optimistix as optx
 import pytest
-from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
+from helpers import (
+    by_default_unless,
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
 
 from diffrax_sde_adjoint import (
     EES25,
@@ -40,14 +48,16 @@ for_odes = ("Tsit5", "ImplicitEuler")
 near_exact = ("EES25", "EES27")
 
 
-def some_slow(*defaults):
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(x, marks=() if x in defaults else pytest.mark.slow)
-            for x in solvers
-        ],
-    )
+# The others stand for these, which run with `-m slow`.
+slow = (
+    "EES27",
+    "Heun, coupling 0.9",
+    "Midpoint, coupling 1",
+    "EulerHeun",
+    "StratonovichMilstein",
+    "SPaRK",
+    *for_odes,
+)
 
 
 def make_solve(name, dtype=jnp.float64, t1=1.0, num_steps=20, noise=None):
@@ -150,7 +160,7 @@ def test_converges_to_the_stratonovich_solution(name):
     assert np.log2(coarse / fine) / 4 > 0.85
 
 
-@some_slow("EES25", "Heun")
+@pytest.mark.parametrize("name", by_default_unless(slow, solvers))
 def test_steps_are_undone(name):
     """Over 50 steps of an SDE, or to a high order in the step."""
     _, make_terms_of, params = make_solve(name, num_steps=50)
@@ -194,7 +204,7 @@ def test_steps_are_undone(name):
     assert np.log2(coarse / fine) > order - 0.3
 
 
-@some_slow("EES25")
+@pytest.mark.parametrize("name", by_default_unless((*slow, "Heun"), solvers))
 def test_gradients(name):
     """Of parameters that a batch shares, and of an initial value that it does not."""
     dtypes = (jnp.float64, jnp.float32) if name == "Heun" else (jnp.float64,)

@@ -3,6 +3,7 @@ steps.
 """
 
 import functools as ft
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from helpers import keys, make_terms, struct
+from helpers import by_default_unless, keys, make_terms, struct
 from jaxtyping import PyTree
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun
@@ -110,36 +111,40 @@ class Case(NamedTuple):
     problem: str
     strong_order: float  # that the solver says to have, whatever the problem
     order: float  # that it is known to have for this problem
+    slow: bool = False
 
 
 half_euler = diffrax.HalfSolver(diffrax.Euler())
 half_euler_heun = diffrax.HalfSolver(diffrax.EulerHeun())
+# By default, one for each way in which a solver uses the path.
 cases = {
     "Euler": Case(diffrax.Euler(), "diagonal Itô", 0.5, 0.5),
-    "HalfSolver(Euler)": Case(half_euler, "diagonal Itô", 0.5, 0.5),
+    "HalfSolver(Euler)": Case(half_euler, "diagonal Itô", 0.5, 0.5, slow=True),
     "ItoMilstein": Case(diffrax.ItoMilstein(), "diagonal Itô", 1, 1),
     # Order 0.5 in general, but 1 as the noise commutes.
     "EulerHeun": Case(diffrax.EulerHeun(), "diagonal", 0.5, 1),
-    "HalfSolver(EulerHeun)": Case(half_euler_heun, "diagonal", 0.5, 1),
+    "HalfSolver(EulerHeun)": Case(half_euler_heun, "diagonal", 0.5, 1, slow=True),
     "Heun": Case(diffrax.Heun(), "diagonal", 0.5, 1),
-    "Midpoint": Case(diffrax.Midpoint(), "diagonal", 0.5, 1),
-    "Ralston": Case(diffrax.Ralston(), "diagonal", 0.5, 1),
-    "ReversibleHeun": Case(diffrax.ReversibleHeun(), "diagonal", 0.5, 1),
+    "Midpoint": Case(diffrax.Midpoint(), "diagonal", 0.5, 1, slow=True),
+    "Ralston": Case(diffrax.Ralston(), "diagonal", 0.5, 1, slow=True),
+    "ReversibleHeun": Case(diffrax.ReversibleHeun(), "diagonal", 0.5, 1, slow=True),
     "our ReversibleHeun": Case(ReversibleHeun(), "diagonal", 0.5, 1),
-    "GeneralShARK": Case(diffrax.GeneralShARK(), "diagonal", 0.5, 1),
+    "GeneralShARK": Case(diffrax.GeneralShARK(), "diagonal", 0.5, 1, slow=True),
     "SPaRK": Case(diffrax.SPaRK(), "diagonal", 0.5, 1),
-    "StratonovichMilstein": Case(diffrax.StratonovichMilstein(), "diagonal", 1, 1),
+    "StratonovichMilstein": Case(
+        diffrax.StratonovichMilstein(), "diagonal", 1, 1, slow=True
+    ),
     "SlowRK": Case(diffrax.SlowRK(), "diagonal", 1.5, 1.5),
-    "SEA": Case(diffrax.SEA(), "additive", 1, 1),
-    "SRA1": Case(diffrax.SRA1(), "additive", 1.5, 1.5),
+    "SEA": Case(diffrax.SEA(), "additive", 1, 1, slow=True),
+    "SRA1": Case(diffrax.SRA1(), "additive", 1.5, 1.5, slow=True),
     "ShARK": Case(diffrax.ShARK(), "additive", 1.5, 1.5),
     # Order 1.5 for additive noise, and 0.5 for noise that does not commute.
-    "SPaRK, additive": Case(diffrax.SPaRK(), "additive", 0.5, 1.5),
-    "SPaRK, general": Case(diffrax.SPaRK(), "general", 0.5, 0.5),
+    "SPaRK, additive": Case(diffrax.SPaRK(), "additive", 0.5, 1.5, slow=True),
+    "SPaRK, general": Case(diffrax.SPaRK(), "general", 0.5, 0.5, slow=True),
     # Below this step (times friction) their coefficients are Taylor expanded; the
     # steps are on either side of it.
-    "ALIGN": Case(diffrax.ALIGN(0.1), "Langevin", 2, 2),
-    "ShOULD": Case(diffrax.ShOULD(0.1), "Langevin", 3, 3),
+    "ALIGN": Case(diffrax.ALIGN(0.1), "Langevin", 2, 2, slow=True),
+    "ShOULD": Case(diffrax.ShOULD(0.1), "Langevin", 3, 3, slow=True),
     "QUICSORT": Case(diffrax.QUICSORT(0.1), "Langevin", 3, 3),
 }
 # Start, end and `dt` of a path.
@@ -213,36 +218,14 @@ def test_no_solver_is_missing():
     assert names <= {type(case.solver).__name__ for case in cases.values()}
 
 
-# One for each way in which a solver uses the path; the others are run on request.
-by_default = (
-    "Euler",
-    "ItoMilstein",
-    "EulerHeun",
-    "Heun",
-    "our ReversibleHeun",
-    "SPaRK",
-    "SlowRK",
-    "ShARK",
-    "QUICSORT",
-)
+def is_slow(grid, case):
+    return cases[case].slow or grid != "off the grid"
 
 
 @pytest.mark.parametrize(
-    "case,grid",
-    [
-        pytest.param(
-            case,
-            grid,
-            id=f"{grid}-{case}",
-            marks=()
-            if grid == "off the grid" and case in by_default
-            else pytest.mark.slow,
-        )
-        for grid in grids
-        for case in cases
-    ],
+    "grid,case", by_default_unless(is_slow, itertools.product(grids, cases))
 )
-def test_strong_order(case, grid):
+def test_strong_order(grid, case):
     problem = problems[cases[case].problem]
     path = make_path(problem, jr.key(0), *grids[grid])
     solver = cases[case].solver

@@ -11,7 +11,15 @@ import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import pytest
-from helpers import keys, make_system, make_terms, noise_shapes, relative_error, struct
+from helpers import (
+    by_default_unless,
+    keys,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
 
 from diffrax_sde_adjoint import (
     BackwardSDEAdjoint,
@@ -101,13 +109,15 @@ problems = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=() if x.startswith("Orn") else pytest.mark.slow)
-        for x in problems
-    ],
+slow = (
+    "Brownian motion with drift",
+    "geometric Brownian motion",
+    "scalar noise",
+    "general noise",
 )
+
+
+@pytest.mark.parametrize("name", by_default_unless(slow, problems))
 def test_closed_form(name):
     """The mean over paths, and its gradient. The one over paths of two OU processes
     varies: 40 000 paths give it an error of 5e-4 (one standard deviation, relative).

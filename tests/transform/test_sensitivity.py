@@ -1,5 +1,7 @@
 """Derivatives of a solution, solved forwards with it."""
 
+from typing import NamedTuple
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,14 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import pytest
-from helpers import make_system, make_terms, noise_shapes, relative_error, struct
+from helpers import (
+    by_default_unless,
+    make_system,
+    make_terms,
+    noise_shapes,
+    relative_error,
+    struct,
+)
 
 from diffrax_sde_adjoint import (
     BrownianInterval,
@@ -18,28 +27,31 @@ from diffrax_sde_adjoint import (
 )
 
 
+class Method(NamedTuple):
+    solver: diffrax.AbstractSolver
+    noise: str = "diagonal"  # that is tried by default; the others are slow
+    slow: bool = False
+
+
 solvers = {
-    "Heun": diffrax.Heun(),
-    "ReversibleHeun": ReversibleHeun(),
-    "StratonovichMilstein": diffrax.StratonovichMilstein(),
-    "Euler": diffrax.Euler(),
-    "ItoMilstein": diffrax.ItoMilstein(),
-    "SPaRK": diffrax.SPaRK(),
-    "ShARK": diffrax.ShARK(),
+    "ReversibleHeun": Method(ReversibleHeun(), noise="general"),
+    "ItoMilstein": Method(diffrax.ItoMilstein()),
+    "Heun": Method(diffrax.Heun(), slow=True),
+    "StratonovichMilstein": Method(diffrax.StratonovichMilstein(), slow=True),
+    "Euler": Method(diffrax.Euler(), slow=True),
+    "SPaRK": Method(diffrax.SPaRK(), slow=True),
+    "ShARK": Method(diffrax.ShARK(), noise="additive", slow=True),
 }
+cases = [
+    (noise, name)
+    for noise in noise_shapes
+    for name in solvers
+    if name != "ShARK" or noise == "additive"
+]
 
 
-def cases():
-    for noise in noise_shapes:
-        for solver in solvers:
-            if solver == "ShARK" and noise != "additive":
-                continue
-            is_default = (noise, solver) in (
-                ("general", "ReversibleHeun"),
-                ("diagonal", "ItoMilstein"),
-            )
-            marks = () if is_default else pytest.mark.slow
-            yield pytest.param(noise, solver, marks=marks, id=f"{noise}-{solver}")
+def is_slow(noise, name):
+    return solvers[name].slow or noise != solvers[name].noise
 
 
 def make_problem(noise, dtype, levy_area=diffrax.BrownianIncrement):
@@ -72,7 +84,7 @@ def make_problem(noise, dtype, levy_area=diffrax.BrownianIncrement):
 @pytest.mark.parametrize(
     "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
 )
-@pytest.mark.parametrize("noise,name", [*cases()])
+@pytest.mark.parametrize("noise,name", by_default_unless(is_slow, cases))
 def test_equals_jvp(noise, name, dtype):
     if name == "ItoMilstein" and dtype == jnp.float32:
         pytest.skip("diffrax's `ItoMilstein` mixes float32 and float64")
@@ -81,7 +93,7 @@ def test_equals_jvp(noise, name, dtype):
     solve, terms, (y0, dot_y0), (args, dot_args) = make_problem(
         noise, dtype, levy_area or diffrax.BrownianIncrement
     )
-    solver = solvers[name]
+    solver = solvers[name].solver
 
     @jax.jit
     def both(y0, args):
