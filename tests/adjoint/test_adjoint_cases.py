@@ -336,7 +336,6 @@ _for_additive_noise = ("SEA", "SRA1", "ShARK")
 _for_odes = ("Tsit5", "Kvaerno3", "ImplicitEuler")
 # Each is two programs to compile. Most are slow, as random programs meet them as well.
 cases = {
-    "SPaRK": Case("SPaRK"),
     "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
     "times, Heun, clip, steps": Case(
         "Heun",
@@ -349,7 +348,7 @@ cases = {
     **{
         name: Case(name, slow=True)
         for name in solvers
-        if name not in ("SPaRK", *_for_odes, *_for_additive_noise)
+        if name not in (*_for_odes, *_for_additive_noise)
     },
     **{
         f"{s}, {state}": Case(s, state=state, noise=noise, slow=True)

@@ -262,6 +262,7 @@ def ou_loss(rate, key, *, solver=None, y0=1.0):
     return sol.ys[-1] ** 2
 
 
+@pytest.mark.slow
 def test_batches():
     """What is wrong in one element is an error whichever is outside: `jax.vmap` or
     `jax.grad`; whatever the size of others; and if another one is NaN.
