@@ -48,9 +48,9 @@ def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
 
 
 def vjp(
-    fn: Callable[[Any, Any, Any], _T], axes: Axes, shared: Any, own: Any, others: Any
+    fn: Callable[[Any, Any, Any], _T], axes: Axes, shared: Any, own: Any, fixed: Any
 ) -> tuple[_T, Callable[[Any], tuple[Any, Any]]]:
-    """`fn(shared, own, others)`, and what pulls back the cotangents of its inexact
+    """`fn(shared, own, fixed)`, and what pulls back the cotangents of its inexact
     arrays to those of `shared` and of `own`. The cotangents of `shared` are sums over
     all `axes` over which an array is not batched.
 
@@ -58,14 +58,14 @@ def vjp(
     must be batched, such as the cotangents.
     """
     if len(axes) == 0:
-        return eqx.filter_vjp(lambda x, y: fn(x, y, others), shared, own)
+        return eqx.filter_vjp(lambda x, y: fn(x, y, fixed), shared, own)
     diff, nondiff = eqx.partition((shared, own), eqx.is_inexact_array)
-    dynamic, static = eqx.partition((nondiff, others), eqx.is_array)
+    dynamic, static = eqx.partition((nondiff, fixed), eqx.is_array)
 
     def array_fn(diff_shared, diff_own, dynamic):
-        nondiff, others = eqx.combine(dynamic, static)
+        nondiff, fixed = eqx.combine(dynamic, static)
         shared, own = eqx.combine((diff_shared, diff_own), nondiff)
-        return eqx.filter(fn(shared, own, others), eqx.is_inexact_array)
+        return eqx.filter(fn(shared, own, fixed), eqx.is_inexact_array)
 
     def pull_back(cotangents):
         # This evaluates `fn` again; XLA finds that it had been.
@@ -73,7 +73,7 @@ def vjp(
         product = _summed_vjp(array_fn, len(axes))
         return product(diff_shared, diff_own, dynamic, cotangents)
 
-    return fn(shared, own, others), pull_back
+    return fn(shared, own, fixed), pull_back
 
 
 def _summed_vjp(fn, num_axes):
@@ -81,8 +81,8 @@ def _summed_vjp(fn, num_axes):
     `vmap`.
     """
 
-    def product(shared, own, others, cotangents):
-        _, pull_back = jax.vjp(lambda *x: fn(*x, others), shared, own)
+    def product(shared, own, fixed, cotangents):
+        _, pull_back = jax.vjp(lambda *x: fn(*x, fixed), shared, own)
         return pull_back(cotangents)
 
     if num_axes == 0:
@@ -94,22 +94,22 @@ def _summed_vjp(fn, num_axes):
     # carry is batched, and more for a loop in a loop.
     @functools.cache
     def batched_product(axis_size, treedef, is_batched):
-        shared, _, others, _ = jtu.tree_unflatten(treedef, is_batched)
+        shared, _, fixed, _ = jtu.tree_unflatten(treedef, is_batched)
         to_axes = lambda batched: jtu.tree_map(lambda b: 0 if b else None, batched)
         batched_fn = jax.vmap(
-            fn, in_axes=(to_axes(shared), 0, to_axes(others)), axis_size=axis_size
+            fn, in_axes=(to_axes(shared), 0, to_axes(fixed)), axis_size=axis_size
         )
         return _summed_vjp(batched_fn, num_axes - 1)
 
     @product.def_vmap
-    def rule(axis_size, in_batched, shared, own, others, cotangents):
+    def rule(axis_size, in_batched, shared, own, fixed, cotangents):
         shared_batched, own_batched, _, cotangents_batched = in_batched
         spread = lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape))
         own = jtu.tree_map(spread, own, own_batched)
         cotangents = jtu.tree_map(spread, cotangents, cotangents_batched)
         is_batched, treedef = jtu.tree_flatten(in_batched)
         of_batch = batched_product(axis_size, treedef, tuple(is_batched))
-        grads = of_batch(shared, own, others, cotangents)
+        grads = of_batch(shared, own, fixed, cotangents)
         return grads, (shared_batched, jtu.tree_map(lambda _: True, own_batched))
 
     return product

@@ -93,9 +93,9 @@ def detach(tree: _T) -> _T:
     innermost one that any of the arrays takes part in. If a gradient is differentiated,
     then in the outer differentiation they have their derivative.
     """
-    arrays, others = eqx.partition(tree, eqx.is_inexact_array)
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
     leaves, treedef = jtu.tree_flatten(arrays)
-    return eqx.combine(jtu.tree_unflatten(treedef, _detach_p.bind(*leaves)), others)
+    return eqx.combine(jtu.tree_unflatten(treedef, _detach_p.bind(*leaves)), rest)
 
 
 def _detach_jvp(primals, tangents):

@@ -55,18 +55,18 @@ class Differentiated(eqx.Module):
         return Differentiated(kept, eqx.combine(self.nondiff, rest), self.axes)
 
     def vjp(
-        self, fn: Callable[..., Any], own: Any, *others: Any
+        self, fn: Callable[..., Any], own: Any, *fixed: Any
     ) -> tuple[Any, Callable[[Any], tuple[Parameters, Any]]]:
-        """`fn(parameters, own, *others)`, and what pulls the cotangents of its inexact
+        """`fn(parameters, own, *fixed)`, and what pulls the cotangents of its inexact
         arrays back to those of the parameters and of `own`, which each element of a
         batch has for itself. `fn` must not refer to traced arrays by closure.
         """
 
-        def of_parts(diff, own, others):
-            nondiff, others = others
-            return fn(eqx.combine(diff, nondiff), own, *others)
+        def of_parts(diff, own, fixed):
+            nondiff, fixed = fixed
+            return fn(eqx.combine(diff, nondiff), own, *fixed)
 
-        return vjp(of_parts, self.axes, self.diff, own, (self.nondiff, others))
+        return vjp(of_parts, self.axes, self.diff, own, (self.nondiff, fixed))
 
 
 class Cotangents(eqx.Module):

@@ -90,12 +90,12 @@ class ReturnError(eqx.Module):
 def size_of_loss(
     largest_y: PyTree[Float[Array, "..."]],
     grad_ys: list[PyTree[Array]],
-    others: PyTree[Array],
-    grad_others: PyTree[Array | None],
+    outputs: PyTree[Array],
+    grad_outputs: PyTree[Array | None],
     by_entry: bool = False,
 ) -> Float[Array, ""]:
     """The size of the outputs times that of their cotangents: `grad_ys` where it is the
-    solution that is an output, and `grad_others`. The size of the solution is that at
+    solution that is an output, and `grad_outputs`. The size of the solution is that at
     any time of the forward solve, as it may just pass through zero. `largest_y` has it
     for each entry; it is that of the largest entry of a leaf, or taken `by_entry`.
     """
@@ -109,8 +109,10 @@ def size_of_loss(
 
     of_y = ft.partial(product, by_entry=by_entry)
     products = [jtu.tree_map(of_y, grad_y, largest_y) for grad_y in grad_ys]
-    of_others = jtu.tree_map(product, grad_others, others, is_leaf=lambda x: x is None)
-    return _total((products, of_others))
+    of_outputs = jtu.tree_map(
+        product, grad_outputs, outputs, is_leaf=lambda x: x is None
+    )
+    return _total((products, of_outputs))
 
 
 def _total(tree: PyTree[Array]) -> Float[Array, ""]:

@@ -147,20 +147,20 @@ def _make_size_of_loss(
     final_state: State, grad_final_state: State, save_fns: list[Any]
 ) -> Callable[..., Float[Array, ""]]:
     """`size_of_loss` of what a solve has left, as a function of the size of `y`."""
-    grad_ys, others, grad_others = [grad_final_state.y], [], []
+    grad_ys, outputs, grad_outputs = [grad_final_state.y], [], []
     states = (final_state, grad_final_state)
     for fn, x, grad in zip(save_fns, *map(get_save_states, states), strict=True):
         if fn is save_y:
             grad_ys.append(grad.ys)
         else:
-            others.append(x.ys)
-            grad_others.append(grad.ys)
+            outputs.append(x.ys)
+            grad_outputs.append(grad.ys)
     get = lambda state: (state.dense_infos, state.event_dense_info, state.solver_state)
     return ft.partial(
         size_of_loss,
         grad_ys=grad_ys,
-        others=(others, get(final_state)),
-        grad_others=(grad_others, get(grad_final_state)),
+        outputs=(outputs, get(final_state)),
+        grad_outputs=(grad_outputs, get(grad_final_state)),
     )
 
 

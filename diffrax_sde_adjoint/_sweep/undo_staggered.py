@@ -117,16 +117,18 @@ def _enter(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """
     last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     no_control = zeros_like(eqx.filter_eval_shape(sweep.terms.contr, last.t0, last.t1))
-    wanted = (None, None)
+    of_control = (None, None)
     parameters = sweep.parameters
     control_of = lambda diff: _evaluate_control(
         eqx.combine(diff, parameters.nondiff), None, last.t0, last.t1
     )
     if depends_on(control_of, parameters.diff):
         grad_control = eqx.filter(no_control, eqx.is_inexact_array)
-        wanted = (grad_control, zeros_like(carry.state.y))
+        of_control = (grad_control, zeros_like(carry.state.y))
     yhat, _ = carry.state.solver_state
-    state = StaggeredState(carry.state.y, yhat, last.t0, last.t1, no_control, *wanted)
+    state = StaggeredState(
+        carry.state.y, yhat, last.t0, last.t1, no_control, *of_control
+    )
     return eqx.tree_at(lambda c: c.state, carry, state)
 
 
@@ -166,8 +168,8 @@ def _undo_step(
     grad_vf0, _ = pull_back_prod(grad_product)
     grad_parameters = add_where_given(grads.parameters, grad_parameters)
     grad_parameters = state1.add_grad(sweep, vf1, step.is_made, grad_parameters)
-    is_wanted = state1.grad_product is not None
-    wanted = (grad_control, grad_product) if is_wanted else (None, None)
+    depends = state1.grad_product is not None
+    of_control = (grad_control, grad_product) if depends else (None, None)
     grad_y = _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
     minus_grad_yhat1 = jtu.tree_map(lambda x: -x, grad_yhat1)
     grad_state = SolveState(grad_y, (minus_grad_yhat1, grad_vf0))
@@ -177,7 +179,7 @@ def _undo_step(
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
     return dataclasses.replace(
         carry,
-        state=StaggeredState(u0, yhat0, step.t0, step.t1, control, *wanted),
+        state=StaggeredState(u0, yhat0, step.t0, step.t1, control, *of_control),
         next_t0=step.t0,
         positions=positions,
         grads=Cotangents(grad_state, grad_parameters),

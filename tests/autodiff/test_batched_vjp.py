@@ -13,19 +13,19 @@ from helpers import keys, relative_error
 from diffrax_sde_adjoint._autodiff.batched_vjp import any_of, maximum, vjp, where_active
 
 
-def fn(shared, own, others):
-    del others
+def fn(shared, own, fixed):
+    del fixed
     return jnp.tanh(shared @ own), own**2
 
 
-def summed(shared, own, cotangents, in_axes, fn=fn, others=None):
+def summed(shared, own, cotangents, in_axes, fn=fn, fixed=None):
     """By `vjp`, inside of as many `vmap` as there are `in_axes`, the inner one first;
     each says whether `shared`, `own` and `cotangents` are batched.
     """
     names = tuple(f"axis {i}" for i in range(len(in_axes)))
 
     def one(shared, own, cotangents):
-        out, pull_back = vjp(fn, names, shared, own, others)
+        out, pull_back = vjp(fn, names, shared, own, fixed)
         return out, *pull_back(cotangents)
 
     for name, axes in zip(names, in_axes, strict=True):
@@ -34,11 +34,11 @@ def summed(shared, own, cotangents, in_axes, fn=fn, others=None):
     return one(shared, own, cotangents)
 
 
-def expected(shared, own, cotangents, in_axes, fn=fn, others=None):
+def expected(shared, own, cotangents, in_axes, fn=fn, fixed=None):
     """By JAX, for each element, and summed then."""
 
     def one(shared, own, cotangents):
-        out, pull_back = jax.vjp(lambda *x: fn(*x, others), shared, own)
+        out, pull_back = jax.vjp(lambda *x: fn(*x, fixed), shared, own)
         return out, *pull_back(cotangents)
 
     for axes in in_axes:
@@ -116,11 +116,11 @@ def test_batch_of_sums():
 def test_leaves_without_derivative(num_axes):
     """Integers, keys and functions, among everything."""
 
-    def fn(shared, own, others):
-        noise = jr.normal(others["key"], (2,))
-        y = others["fn"](shared["weight"] @ own["x"]) + noise * own["x"]
-        count = others["count"] + shared["count"] + own["count"]
-        return {"y": y * count.astype(y.dtype), "count": count, "name": others["name"]}
+    def fn(shared, own, fixed):
+        noise = jr.normal(fixed["key"], (2,))
+        y = fixed["fn"](shared["weight"] @ own["x"]) + noise * own["x"]
+        count = fixed["count"] + shared["count"] + own["count"]
+        return {"y": y * count.astype(y.dtype), "count": count, "name": fixed["name"]}
 
     shape = (2, 3)[:num_axes]
     num = int(np.prod(shape))
@@ -134,8 +134,8 @@ def test_leaves_without_derivative(num_axes):
         def one(x, count, key, cotangent):
             shared = {"weight": weight, "count": jnp.array(1)}
             own = {"x": x, "count": count}
-            others = {"key": key, "count": 2, "fn": jnp.tanh, "name": "y"}
-            return jnp.sum(cotangent * fn(shared, own, others)["y"])
+            fixed = {"key": key, "count": 2, "fn": jnp.tanh, "name": "y"}
+            return jnp.sum(cotangent * fn(shared, own, fixed)["y"])
 
         for _ in range(num_axes):
             one = jax.vmap(one)
@@ -193,9 +193,9 @@ def test_product_is_traced_few_times():
     def num_calls(depth):
         calls = []
 
-        def fn(shared, own, others):
+        def fn(shared, own, fixed):
             calls.append(None)
-            del others
+            del fixed
             return shared * jnp.sin(own)
 
         def one(shared, own, num):
