@@ -59,9 +59,10 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     Runge-Kutta methods are written out, which is faster than diffrax's loop.
 
     It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
-    undoing steps misses where the solve had been by what is worth more than 6e-6 of the
-    loss in float64, or 5e-3 in float32; or if [`diffrax_sde_adjoint.ReversibleHeun`][]
-    is not stable on a solve. Both happen where dynamics contract: see
+    undoing steps misses where the solve had been by what is worth more than 6e-6
+    (float64; 5e-3 in float32, and for near-exact solvers) of the size of the outputs
+    times their cotangents; or if [`diffrax_sde_adjoint.ReversibleHeun`][] is not stable
+    on a solve. Both happen where dynamics contract: see
     [limits and remedies](../how_it_works/stochastic_adjoint.md#limits).
 
     Gradients are computed with respect to `y0`, `args`, a passed `solver_state`,

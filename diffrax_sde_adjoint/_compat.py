@@ -1,10 +1,10 @@
 """Everything that this package takes from diffrax, equinox and JAX that is private to
-them, or not documented. Nothing else in the package reaches behind a public name.
+them, or not documented. Each name says what it is needed for; `tests/test_compat.py`
+checks what is assumed about each.
 
-Each name says what it is needed for; `tests/test_compat.py` checks what is assumed
-about each. Only the fields of the classes that are named here are used elsewhere, as
-they are, and `term_compatible_contr_kwargs` of a solver: what it passes to the `contr`
-of each of its terms, besides times, by which `diffeqsolve` asks for Lévy areas.
+Elsewhere there are only the fields of the classes that are named here, as they are, and
+`term_compatible_contr_kwargs` of a solver: what it passes to the `contr` of each of its
+terms, besides times, by which `diffeqsolve` asks for Lévy areas.
 """
 
 import inspect

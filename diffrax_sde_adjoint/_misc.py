@@ -24,8 +24,9 @@ _T = TypeVar("_T", bound=PyTree)
 
 @contextlib.contextmanager
 def in_scope(name: str) -> Iterator[None]:
-    """Gives what a function traces a name in profiles. Unlike `jax.named_scope` as a
-    decorator, which in JAX 0.6 has one state for all calls, it may call itself.
+    """A decorator: gives what a function traces a name in profiles. The function may
+    call itself, unlike with `jax.named_scope`, which in JAX 0.6 has one state for all
+    calls.
     """
     with jax.named_scope(name):
         yield

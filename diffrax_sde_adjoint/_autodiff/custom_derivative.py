@@ -41,7 +41,7 @@ class _Axis(NamedTuple):
 Rule = Callable[[Any, Any, Any, Any, Any, Axes], tuple[Any, Any, Array]]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class _Call:
     """The rule, and how to put its arguments together from arrays. It is a parameter of
     a primitive, and equal only to itself.
@@ -199,9 +199,7 @@ def _differentiable_fwd(perturbed, arrays, *, call, axes):
 def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
     # Of what is not an array, nothing is.
     perturbed = eqx.combine(perturbed, jtu.tree_map(lambda _: False, call.static))[:2]
-    inexact = eqx.filter(arrays[-1], eqx.is_inexact_array)
-    materialise = lambda x, grad: jnp.zeros_like(x) if grad is None else grad
-    grad_outputs = jtu.tree_map(materialise, inexact, grad_outputs)
+    grad_outputs = jtu.tree_map(_materialise_zeros, arrays[-1], grad_outputs)
     names = tuple(object() for _ in axes)
     is_batched = [
         jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
@@ -240,3 +238,9 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
         )
     none = jtu.tree_map(lambda _: None, arrays[2:])
     return *rule(jtu.tree_leaves(arrays), grad_outputs), *none
+
+
+def _materialise_zeros(x: Array, grad: Array | None) -> Array | None:
+    if not eqx.is_inexact_array(x):
+        return None
+    return jnp.zeros_like(x) if grad is None else grad

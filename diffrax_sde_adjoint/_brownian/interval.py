@@ -79,8 +79,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         `halfway_tree=True`, and need a cache to be fast.
     2. *Exactness.* `W`, `H` and `K` have the exact joint law, as long as no two ends of
         queries are different points of one leaf, the smallest part of a cell. There the
-        path is smooth, where the tree's `H` and `K` do not belong to any path. torchsde
-        has no `K`, but approximations of space-space Lévy area, not offered here.
+        path is smooth; below its `tol`, the tree's `H` and `K` do not belong to any.
+        torchsde has no `K`, but approximations of space-space Lévy area, not offered
+        here.
     3. *Cost.* A step on the grid is one draw, where the tree is walked from its root
         twice. But a query that spans many cells draws each of them.
     4. *Resolution.* It is `2**-levels` of a cell, so finer where cells are short, where
@@ -101,7 +102,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         to `t0`, `t1`, `dt` or `ts`.
 
     Sources: Foster, *Numerical approximations for stochastic differential equations*,
-    Oxford 2020, and Jelinčič, Foster and Kidger, arXiv:2405.06464, 2024, for the laws
+    Oxford 2020, and Jelinčić, Foster and Kidger, arXiv:2405.06464, 2024, for the laws
     of `H` and `K` of parts of an interval; Li, Wong, Chen and Duvenaud, AISTATS 2020,
     for drawing again from keys; Kidger, Foster, Li and Lyons, NeurIPS 2021, for
     torchsde's `BrownianInterval`.
@@ -162,7 +163,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         use_levy: bool = False,
     ) -> PyTree[Array]:
         """The increment of the path over `[t0, t1]`, and its Lévy areas, at the cost
-        told above.
+        that the class tells.
 
         **Arguments:**
 

@@ -112,8 +112,8 @@ class _Shape(eqx.Module):
     leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> PyTree[Array]:
-        del args, kwargs
+    def evaluate(self, t0: RealScalarLike, t1: RealScalarLike) -> PyTree[Array]:
+        del t0, t1
         return zeros_like(jtu.tree_unflatten(self.treedef, self.leaves))
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._compat import VF, Args, RealScalarLike, Y
 from .._misc import add
+from .._term.products import check_products
 
 
 Divergence: TypeAlias = Float[Array, "..."]
@@ -73,6 +74,7 @@ class GirsanovShift(eqx.Module):
         size = jtu.tree_map(lambda a, b: jnp.abs(a) + jnp.abs(b), posterior, prior)
         vfs = [noise.vf(t, y, args) for noise in self.noises]
         structs = [eqx.filter_eval_shape(noise.contr, t, t) for noise in self.noises]
+        check_products(diffrax.MultiTerm(*self.noises), tuple(vfs), tuple(structs), y)
         diagonal = _diagonal(self.noises, vfs, structs, difference)
         if diagonal is None:
             if divergence.ndim > 0:

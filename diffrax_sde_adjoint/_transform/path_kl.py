@@ -32,6 +32,7 @@ from .._term.noise import (
     with_drift,
     without_path,
 )
+from .._term.products import check_products
 from .girsanov import Divergence, GirsanovShift, sum_like
 from .ito import corrected
 
@@ -83,9 +84,11 @@ class _AugmentedDiffusion(eqx.Module):
             assert self.index is not None
             u, _ = self.shift(t, y, args, divergence)
             form = u[self.index]
+        vf = self.noise.vf(t, y, args)
+        check_products(self.noise, vf, eqx.filter_eval_shape(self.noise.contr, t, t), y)
         # Not the divergence itself: solvers for additive noise look for the state in
         # what this is.
-        return self.noise.vf(t, y, args), form, jnp.zeros_like(divergence)
+        return vf, form, jnp.zeros_like(divergence)
 
 
 class _AugmentedNoise(diffrax.ControlTerm):

@@ -29,7 +29,7 @@ from .._term.base import is_single_term
 _WithTangents: TypeAlias = tuple[Any, Any]
 
 
-def _check(tree: PyTree[Array], dot_tree: PyTree[Array], name: str) -> PyTree[Array]:
+def _check(tree: PyTree[Any], dot_tree: PyTree[Any], name: str) -> PyTree[Array]:
     """`dot_tree`, if it can be derivatives of `tree` in several directions. `None`, of
     which there may be less than leaves, stands for zero.
     """
@@ -47,7 +47,7 @@ def _check(tree: PyTree[Array], dot_tree: PyTree[Array], name: str) -> PyTree[Ar
 
     if dot_tree is None:
         return jtu.tree_map(lambda _: None, tree)
-    return jtu.tree_map(check, tree, dot_tree)
+    return jtu.tree_map(check, tree, dot_tree, is_leaf=lambda x: x is None)
 
 
 def _push_forward(
@@ -79,6 +79,9 @@ class _Sensitivity(diffrax.AbstractTerm):
     ) -> _WithTangents:
         """`fn` of the solution and `args`, and its derivatives."""
         (y, dot_y), (args, dot_args) = y, args
+        # Numbers of Python have a derivative too.
+        as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
+        args = jtu.tree_map(as_array, args)
         dot_y = _check(y, dot_y, "y0 = (y0, dot_y0)")
         dot_args = _check(args, dot_args, "args = (args, dot_args)")
         return _push_forward(fn, (y, args), (dot_y, dot_args))

@@ -428,6 +428,9 @@ def test_errors():
         run(jnp.ones(2), jnp.zeros(2), constant(jnp.ones((2, 2))))
     with pytest.raises(ValueError, match="`y0 = \\(y, divergence\\)`"):
         run(jnp.ones(2), jnp.zeros(3), diagonal(lambda t, y, args: y))
+    # It tells of the term that was passed.
+    with pytest.raises(ValueError, match="of a `ControlTerm` and its control does not"):
+        run(jnp.ones(2), jnp.zeros(()), constant(jnp.ones((2, 3))))
 
 
 @pytest.mark.parametrize(

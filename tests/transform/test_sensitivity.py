@@ -172,6 +172,27 @@ def test_noise_that_nothing_moves():
     assert abs(sol.ys[1][0, 0] - expected) < 1e-12
 
 
+def test_numbers_of_python():
+    """In `args`, with a derivative beside each; and what has none is let be."""
+    solve, terms, y0, (args, dot_args) = make_problem("diagonal", jnp.float64)
+    run = jax.jit(
+        lambda args, dot_args: solve(
+            forward_sensitivity(terms), diffrax.Heun(), y0, (args, dot_args)
+        )
+    )
+    expected = run(args, dot_args)
+    others = dict(f=jnp.sin, n=3, none=None)
+    numbers = {name: float(x) for name, x in args.items()} | others
+    actual = solve(
+        forward_sensitivity(terms),
+        diffrax.Heun(),
+        y0,
+        (numbers, dot_args | dict.fromkeys(others)),
+    )
+    assert relative_error(actual, expected) < 1e-13
+    assert jnp.all(expected[1][-1] != 0)
+
+
 def test_errors():
     solve, terms, (y0, dot_y0), (args, dot_args) = make_problem("scalar", jnp.float64)
     run = lambda *x: solve(forward_sensitivity(terms), diffrax.Heun(), *x)
