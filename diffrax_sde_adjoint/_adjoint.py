@@ -70,10 +70,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     field or a `SaveAt(fn=...)` refers to by closure. For ODEs and CDEs also with
     respect to `t0`, `t1`, `dt0` and what is in the step size controller, which costs
     another solve, and its memory, for each number that is differentiated. (Brownian
-    paths have no derivative in time.) How step sizes depend on the solution is not
-    differentiated: with the controllers of diffrax they have no derivative either.
-
-    Gradients can be differentiated in forward mode, as in `jax.hessian`.
+    paths have no derivative in time.) Gradients can be differentiated in forward mode,
+    as in `jax.hessian`.
 
     ??? info "What is not supported"
 

@@ -47,9 +47,7 @@ def clip_lipschitz(module: _Module, norm: _Norm = "l1") -> _Module:
     for $x \in \mathbb{R}^b$, or with $1/b$, so that $\|A x\|_\infty \le \|x\|_\infty$.
     Together with 1-Lipschitz activation functions, as
     [`diffrax_sde_adjoint.lipswish`][] or `tanh`, a network of such maps is 1-Lipschitz
-    in the same norm. Then the neural CDE of a critic magnifies distances between its
-    states by at most the exponential of the length of the path that drives it, however
-    its weights are trained, and no gradient penalty is needed.
+    in the same norm, and no gradient penalty is needed.
 
     **Arguments:**
 

@@ -70,23 +70,10 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
     ```
 
-    How this differs from [`diffrax.VirtualBrownianTree`][] and from torchsde's
-    `BrownianInterval`, in short; a table is in
-    [how it works](../how_it_works/brownian_interval.md#compared-with-others):
-
-    1. *Purity.* As in the tree, nothing is stored, and values are a function of the key
-        and the query. torchsde's depend on the queries made before, unless
-        `halfway_tree=True`, and need a cache to be fast.
-    2. *Exactness.* `W`, `H` and `K` have the exact joint law, as long as no two ends of
-        queries are different points of one leaf, the smallest part of a cell. There the
-        path is smooth; below its `tol`, the tree's `H` and `K` do not belong to any.
-        torchsde has no `K`, but approximations of space-space Lévy area, not offered
-        here.
-    3. *Cost.* A step on the grid is one draw, where the tree is walked from its root
-        twice. But a query that spans many cells draws each of them.
-    4. *Resolution.* It is `2**-levels` of a cell, so finer where cells are short, where
-        the tree has one tolerance.
-    5. *Errors.* A query out of range is an error, as in the tree; torchsde clips it.
+    `W`, `H` and `K` have the exact joint law, as long as no two ends of queries are
+    different points of one leaf, of `2**-levels` of a cell; there it is smooth. For
+    [`diffrax.VirtualBrownianTree`][] and torchsde's `BrownianInterval`, see
+    [the comparison](../how_it_works/brownian_interval.md#compared-with-others).
 
     !!! info "Steps that do not divide the interval"
 
@@ -102,10 +89,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         to `t0`, `t1`, `dt` or `ts`.
 
     Sources: Foster, *Numerical approximations for stochastic differential equations*,
-    Oxford 2020, and Jelinčić, Foster and Kidger, arXiv:2405.06464, 2024, for the laws
-    of `H` and `K` of parts of an interval; Li, Wong, Chen and Duvenaud, AISTATS 2020,
-    for drawing again from keys; Kidger, Foster, Li and Lyons, NeurIPS 2021, for
-    torchsde's `BrownianInterval`.
+    Oxford 2020; Jelinčić, Foster and Kidger, arXiv:2405.06464, 2024.
     """
 
     t0: Float[Array, ""]
@@ -162,8 +146,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         left: bool = True,
         use_levy: bool = False,
     ) -> PyTree[Array]:
-        """The increment of the path over `[t0, t1]`, and its Lévy areas, at the cost
-        that the class tells.
+        """The increment of the path over `[t0, t1]`, and its Lévy areas.
 
         **Arguments:**
 
@@ -178,9 +161,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         are the negative of those over `[t1, t0]`, `H` is the same, and the length `dt`
         is negative.
 
-        A time within two units of rounding, at the larger end of the interval of the
-        path, of the edge of a cell is that edge. So it is with the points that halving
-        a cell makes, as far down as these are at least 200 such units apart.
+        A time within two units of rounding of the edge of a cell (of the size of the
+        path's ends) is that edge, and so with halves, as long as they are 200 units.
 
         **Returns:**
 

@@ -61,9 +61,7 @@ class Spurious(eqx.Module):
         return Spurious(worth, change)
 
     def size_of_change(self, tape: Tape, y0: Y) -> PyTree[Float[Array, "..."]]:
-        """The largest size of each entry of the change, as far as it is known in the
-        end.
-        """
+        """The largest size of each entry of the change that is known in the end."""
         is_short = tape.num_pages <= 1
 
         def size(change_at_pages, largest_y, change, y0):

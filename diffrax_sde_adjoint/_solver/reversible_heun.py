@@ -115,8 +115,7 @@ class ReversibleHeun(
 
     This differs from [`diffrax.ReversibleHeun`][] in that:
 
-    1. It has a `backward_step`, so that
-        [`diffrax_sde_adjoint.StochasticAdjoint`][] can undo its steps.
+    1. [`diffrax_sde_adjoint.StochasticAdjoint`][] can undo its steps.
     2. Vector fields may be any lineax operators, also those that are not linear in the
         arrays they consist of, such as products: for these, diffrax's adds the wrong
         thing. And they may be functions, which diffrax's cannot carry from one step to
