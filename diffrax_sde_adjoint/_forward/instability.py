@@ -34,9 +34,10 @@ is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "
     "that the solution and its gradient are wrong. This happens where dynamics "
     "contract for long (a rate times the length of the solve above 4), and near roots, "
-    "such as that of the variance in the Heston model. Use `diffrax.Heun()` on the "
-    "same terms, path and adjoint; or, for an Itô SDE, `diffrax.Euler()` on its terms "
-    "without conversion. Smaller steps seldom help, and `checkpoint_every` does not."
+    "such as that of the variance in the Heston model. For an Itô SDE, use "
+    "`diffrax.Euler()` on its terms without conversion; else `diffrax.Heun()` on the "
+    "same terms, path and adjoint. Smaller steps seldom help, and `checkpoint_every` "
+    "does not."
 )
 
 

@@ -140,10 +140,10 @@ class ReversibleHeun(
         the same way. As a rule of thumb, $\lambda T$ should be below 4. Nor is it
         stable near roots, such as those of the variance in the Heston and CIR models
         ([numbers](../which_solver.md#where-reversible-heun-fails)). Where the solution
-        is lost, [`diffrax_sde_adjoint.StochasticAdjoint`][] raises an error; a gradient
-        may be wrong before that. When in doubt, compare with `diffrax.Heun` on the same
-        path, which is also the way out; for an Itô SDE it is `diffrax.Euler`, on the
-        terms as they are.
+        is lost, [`diffrax_sde_adjoint.StochasticAdjoint`][] raises an error, and no
+        other adjoint does; a gradient may be wrong before that. When in doubt, compare
+        with `diffrax.Heun` on the same path, which is also the way out; for an Itô SDE
+        it is `diffrax.Euler`, on the terms as they are.
 
     Source: Kidger, Foster, Li and Lyons, *Efficient and Accurate Gradients for Neural
     SDEs*, NeurIPS 2021.

@@ -207,20 +207,8 @@ def path_kl_of_shift(
         order of `terms`.
     - `log_ratio`: as for [`diffrax_sde_adjoint.path_kl`][].
 
-    **Returns:**
-
-    A [`diffrax.MultiTerm`][], as [`diffrax_sde_adjoint.path_kl`][], for the same pair
-    of a state.
-
-    **Raises:**
-
-    As [`diffrax_sde_adjoint.path_kl`][]; there is no runtime error.
-
-    **Cost:**
-
-    Each evaluation of the drift makes one of the shift, and one of the diffusion. With
-    `log_ratio="stratonovich"` it also makes one JVP of them for each number of the
-    noise.
+    What is returned and raised is as for [`diffrax_sde_adjoint.path_kl`][], without a
+    runtime error, and so is the cost, with one evaluation of the shift for the prior's.
     """
     return _augment(terms, log_ratio, "path_kl_of_shift", shift=shift)
 

@@ -29,25 +29,39 @@ from .._term.base import is_single_term
 _WithTangents: TypeAlias = tuple[Any, Any]
 
 
-def _check(tree: PyTree[Any], dot_tree: PyTree[Any], name: str) -> PyTree[Array]:
-    """`dot_tree`, if it can be derivatives of `tree` in several directions. `None`, of
-    which there may be less than leaves, stands for zero.
+def _check(pair: Any, name: str, none_is_zero: bool) -> _WithTangents:
+    """A pair of a PyTree, in which the numbers of Python are arrays, and of derivatives
+    of it in several directions, in which there is `None` for zero.
     """
+    call = f"`forward_sensitivity`: `{name} = ({name}, dot_{name})`"
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"{call} must be a pair, of what it is without derivatives, and of these."
+        )
+    as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
+    tree, dot_tree = jtu.tree_map(as_array, pair[0]), pair[1]
 
     def check(x: Any, dot_x: Any) -> Any:
-        if dot_x is None or not eqx.is_inexact_array(x):
+        if dot_x is None and (none_is_zero or x is None):
             return None
+        if dot_x is None:
+            raise ValueError(f"{call}: of `dot_{name}`, no part may be `None`.")
+        if not eqx.is_inexact_array(x):
+            raise ValueError(
+                f"{call}: there is a derivative of {x!r}, which is not floating-point. "
+                "Make it so, or pass `None` for its derivative."
+            )
         if jnp.ndim(dot_x) == 0 or jnp.shape(dot_x)[1:] != jnp.shape(x):
             raise ValueError(
-                f"`forward_sensitivity`: in `{name}`, each array of the second has to "
-                "have the shape of that of the first, behind one more axis for the "
-                f"directions. But there are {jnp.shape(dot_x)} and {jnp.shape(x)}."
+                f"{call}: each array of the second has to have the shape of that of "
+                "the first, behind one more axis for the directions. But there are "
+                f"{jnp.shape(dot_x)} and {jnp.shape(x)}."
             )
         return jnp.asarray(dot_x, jnp.result_type(x))
 
     if dot_tree is None:
-        return jtu.tree_map(lambda _: None, tree)
-    return jtu.tree_map(check, tree, dot_tree, is_leaf=lambda x: x is None)
+        dot_tree = jtu.tree_map(lambda _: None, tree)
+    return tree, jtu.tree_map(check, tree, dot_tree, is_leaf=lambda x: x is None)
 
 
 def _push_forward(
@@ -74,19 +88,13 @@ class _Sensitivity(diffrax.AbstractTerm):
 
     term: diffrax.AbstractTerm
 
-    def _of_state_and_args(
-        self, fn: Callable, y: _WithTangents, args: _WithTangents
-    ) -> _WithTangents:
+    def _of_state_and_args(self, fn: Callable, y: Any, args: Any) -> _WithTangents:
         """`fn` of the solution and `args`, and its derivatives."""
-        (y, dot_y), (args, dot_args) = y, args
-        # Numbers of Python have a derivative too.
-        as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
-        args = jtu.tree_map(as_array, args)
-        dot_y = _check(y, dot_y, "y0 = (y0, dot_y0)")
-        dot_args = _check(args, dot_args, "args = (args, dot_args)")
+        y, dot_y = _check(y, "y0", none_is_zero=False)
+        args, dot_args = _check(args, "args", none_is_zero=True)
         return _push_forward(fn, (y, args), (dot_y, dot_args))
 
-    def vf(self, t: RealScalarLike, y: _WithTangents, args: _WithTangents) -> VF:
+    def vf(self, t: RealScalarLike, y: Any, args: Any) -> VF:
         fn = lambda y, args: self.term.vf(t, y, args)
         return self._of_state_and_args(fn, y, args)
 
@@ -102,8 +110,8 @@ class _Sensitivity(diffrax.AbstractTerm):
     def vf_prod(
         self,
         t: RealScalarLike,
-        y: _WithTangents,
-        args: _WithTangents,
+        y: Any,
+        args: Any,
         control: PyTree[Array],
     ) -> _WithTangents:
         fn = lambda y, args: self.term.vf_prod(t, y, args, control)
@@ -113,8 +121,8 @@ class _Sensitivity(diffrax.AbstractTerm):
         self,
         t0: RealScalarLike,
         t1: RealScalarLike,
-        y: _WithTangents,
-        args: _WithTangents,
+        y: Any,
+        args: Any,
     ) -> bool:
         return self.term.is_vf_expensive(t0, t1, y[0], args[0])
 
@@ -151,16 +159,16 @@ def forward_sensitivity(terms: PyTree[diffrax.AbstractTerm]) -> diffrax.Abstract
 
     - `y0` is a pair: of the initial state, and of its derivatives, which is the same
         PyTree with every array of one more axis at the front, of size $m$.
-    - `args` is a pair: of `args`, and of its derivatives likewise. In place of an array
-        of these, or of all of them, there may be `None` for zero; and there should be
-        in place of what is not a floating-point array.
+    - `args` is a pair: of `args`, and of its derivatives likewise. Of these, any part
+        may be `None`, which stands for zero, and has to be where `args` are not
+        floating-point.
 
     Parameters that are not in `args` but in `terms` have no derivative.
 
     **Raises:**
 
-    `ValueError` if `terms` is not a term, and when they are evaluated, if a derivative
-    does not have the shape described.
+    `ValueError` if `terms` is not a term; when they are evaluated, if `y0` or `args`
+    is not a pair as described.
 
     **Cost:**
 

@@ -201,6 +201,12 @@ def test_errors():
     with pytest.raises(ValueError, match="`args = \\(args, dot_args\\)`"):
         wrong = jtu.tree_map(lambda x: x[0], dot_args)
         run((y0, dot_y0), (args, wrong))
+    with pytest.raises(ValueError, match="must be a pair"):
+        run(y0, (args, dot_args))
+    with pytest.raises(ValueError, match="of `dot_y0`, no part may be `None`"):
+        run((y0, None), (args, dot_args))
+    with pytest.raises(ValueError, match="of 1, which is not floating-point"):
+        run((y0, dot_y0), (args | dict(rate=1), dot_args))
     with pytest.raises(ValueError, match="must be a term"):
         forward_sensitivity((terms,))  # pyright: ignore
 
