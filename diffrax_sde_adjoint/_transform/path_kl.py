@@ -207,8 +207,9 @@ def path_kl_of_shift(
         order of `terms`.
     - `log_ratio`: as for [`diffrax_sde_adjoint.path_kl`][].
 
-    What is returned and raised is as for [`diffrax_sde_adjoint.path_kl`][], without a
-    runtime error, and so is the cost, with one evaluation of the shift for the prior's.
+    Each evaluation of the drift makes one of the shift and one of the diffusion. What
+    else is returned, raised and spent is as for [`diffrax_sde_adjoint.path_kl`][], but
+    there is no runtime error.
     """
     return _augment(terms, log_ratio, "path_kl_of_shift", shift=shift)
 
