@@ -16,6 +16,7 @@ the paper's two ways, and in ours.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,13 +237,25 @@ def by_backpropagation(parameters, unravel, y, dt0, finest, key):
     return jax.grad(loss)(parameters)
 
 
+class OfVector(AbstractTerm):
+    """The terms of a model, as those of the vector of its parameters."""
+
+    terms: AbstractTerm
+    unravel: Callable
+
+    def vf(self, t, y, args):
+        return self.terms.vf(t, y, self.unravel(args))
+
+    def contr(self, t0, t1, **kwargs):
+        return self.terms.contr(t0, t1, **kwargs)
+
+    def prod(self, vf, control):
+        return self.terms.prod(vf, control)
+
+
 def by_stochastic_flow(parameters, unravel, y, dt0, finest, key):
     """The derivative in each parameter is solved forwards, beside the state."""
-    terms: AbstractTerm = jax.tree.map(
-        lambda term: _of_vector(term, unravel),
-        make_terms(y, key, finest),
-        is_leaf=lambda x: isinstance(x, ODETerm | ControlTerm),
-    )
+    terms = OfVector(make_terms(y, key, finest), unravel)
     t0, t1 = jnp.array([0, 1], float32)
     start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
     num = len(parameters)
@@ -260,13 +273,6 @@ def by_stochastic_flow(parameters, unravel, y, dt0, finest, key):
     (x, _), (dot_x, dot_divergence) = jax.tree.map(lambda a: a[-1], sol.ys)
     grad_x = jax.grad(lambda x: jnp.mean(minus_log_likelihood(x, y)))(x)
     return jnp.einsum("bi,pbi->p", grad_x, dot_x) + jnp.mean(dot_divergence, axis=1)
-
-
-def _of_vector(term: Any, unravel) -> AbstractTerm:
-    of_vector = lambda t, y, parameters: term.vector_field(t, y, unravel(parameters))
-    if isinstance(term, ODETerm):
-        return ODETerm(of_vector)
-    return ControlTerm(of_vector, term.control)
 
 
 def by_stochastic_adjoint(parameters, unravel, y, dt0, finest, key):
