@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 import pytest
 from helpers import make_system, noise_shapes, relative_error, struct
 
@@ -188,3 +189,34 @@ def test_terms_around_a_noise():
     )
     expected = solve(diffrax.ControlTerm(lambda t, y, args: 2 * y, path))
     assert relative_error(solve(term), expected) < 1e-14
+
+
+@pytest.mark.parametrize(
+    "solver", (diffrax.ItoMilstein(), diffrax.ReversibleHeun()), ids=str
+)
+def test_solvers_that_take_vector_fields_apart(solver):
+    """Of `path_kl`, where the product is a user's own: the one differentiates vector
+    fields, the other chooses between them after a jump.
+    """
+
+    def solve(cls, factor):
+        path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.25)
+        diffusion = lambda t, y, args: lx.DiagonalLinearOperator(
+            factor * (0.5 + 0.1 * jnp.sin(y))
+        )
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: -y), cls(diffusion, path)
+        )
+        sol = diffrax.diffeqsolve(
+            path_kl(terms, lambda t, y, args: -2 * y, log_ratio="ito"),
+            solver,
+            0.0,
+            1.0,
+            0.25,
+            (jnp.array([0.3, -0.6]), jnp.array(0.0)),
+            saveat=diffrax.SaveAt(t1=True, dense=True),
+        )
+        return sol.ys
+
+    expected = solve(diffrax.ControlTerm, 2)
+    assert relative_error(solve(TwiceTheProduct, 1), expected) < 1e-12
