@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeAlias
 import diffrax
 import equinox as eqx
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import PyTree
@@ -51,7 +52,9 @@ def carried(vf: VF) -> VF:
     """What of a vector field can be carried from one step to the next: all arrays. Also
     of what has a vector field in it, such as the state of `diffrax.ReversibleHeun`.
     """
-    carry = lambda x: _Function() if _is_function(x) else x
+    # Numbers of Python are carried as arrays, and so must have a derivative.
+    as_array = lambda x: jnp.asarray(x) if isinstance(x, float | complex) else x
+    carry = lambda x: _Function() if _is_function(x) else as_array(x)
     return jtu.tree_map(carry, vf, is_leaf=_is_function)
 
 

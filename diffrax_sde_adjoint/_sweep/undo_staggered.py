@@ -35,7 +35,7 @@ from .._compat import VF, BoolScalarLike, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import add_where_given, are_alike, in_scope, zeros_like
-from .._solver import ReversibleHeun, sums_leaf_by_leaf
+from .._solver import ReversibleHeun, carried, sums_leaf_by_leaf
 from .sweep import Sweep, SweepState, arrive_at_page
 
 
@@ -189,7 +189,7 @@ def _undo_step(
 def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     """Gives the state at the start of a page its usual form."""
     state = carry.state
-    vf = sweep.terms.vf(carry.next_t0, state.yhat, sweep.args)
+    vf = carried(sweep.terms.vf(carry.next_t0, state.yhat, sweep.args))
     grad_parameters = state.add_grad(sweep, vf, True, carry.grads.parameters)
     y = _add(state.u, -0.5, sweep.terms.prod(vf, state.control))
     return eqx.tree_at(
@@ -206,7 +206,7 @@ def _evaluate_control(
 
 
 def _evaluate_vf(parameters: Parameters, yhat: Y, step: Step) -> VF:
-    return parameters.terms.vf(step.t1, yhat, parameters.args)
+    return carried(parameters.terms.vf(step.t1, yhat, parameters.args))
 
 
 def _add(x: Y, factor: float, y: Y) -> Y:

@@ -311,3 +311,32 @@ def test_functions_where_diffrax_looks_at_a_step(kwargs):
     assert solve(ReversibleHeun()).shape == (1, 2)
     with pytest.raises(TypeError, match="not a valid JAX type"):
         solve(diffrax.ReversibleHeun())
+
+
+@pytest.mark.parametrize("checkpoint_every", (None, 3))
+def test_diffusion_that_is_a_number(checkpoint_every):
+    """Of Python, and not an array."""
+
+    def gradient(level, adjoint):
+        def loss(args):
+            path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.1)
+            terms = make_terms(
+                lambda t, y, args: -args * y, lambda t, y, args: level, path
+            )
+            return diffrax.diffeqsolve(
+                terms,
+                ReversibleHeun(),
+                0.0,
+                1.0,
+                0.1,
+                1.0,
+                args,
+                adjoint=adjoint,
+                max_steps=16,
+            ).ys[0]
+
+        return jax.jit(jax.grad(loss))(0.7)
+
+    actual = gradient(0.4, StochasticAdjoint(checkpoint_every=checkpoint_every))
+    expected = gradient(jnp.array(0.4), diffrax.RecursiveCheckpointAdjoint())
+    assert abs(actual - expected) < 1e-12
