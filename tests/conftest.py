@@ -13,11 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         "--xla_cpu_multi_thread_eigen=false",
         # Programs run for less time than it takes to compile them.
         "--xla_backend_optimization_level=0",
+        # XLA need not check its own work.
+        "--xla_disable_hlo_passes=hlo-verifier",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # The older way to compile fused loops is faster. XLA ends the process if it
-        # does not know a flag, and later versions do not know this one.
+        # The older way to compile fused loops is faster, and so is one program in one
+        # part. XLA ends the process if it does not know a flag, and later versions do
+        # not know the first.
         _flags.append("--xla_cpu_use_fusion_emitters=false")
+        _flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax

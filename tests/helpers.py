@@ -1,11 +1,14 @@
 """Tolerances and small systems that several test files share."""
 
+import math
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
 import jax
+import jax.flatten_util as jfu
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -29,6 +32,91 @@ def relative_error(x: PyTree, y: PyTree) -> float:
             errors.append(float(np.max(np.abs(a - b)) / (scale if scale > 0 else 1)))
     assert np.all(np.isfinite(errors))
     return max(errors)
+
+
+def value_and_grad_in_forward_mode(
+    fn: Callable[[PyTree], tuple[Array, PyTree]], x: PyTree
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """As `equinox.filter_value_and_grad(fn, has_aux=True)(x)`, by a derivative in
+    forward mode for each entry of the arrays in `x`.
+
+    The reference for gradients. Of a solve by `diffrax.ForwardMode()`, it takes a third
+    of the time to compile that it takes with an adjoint of diffrax in reverse mode.
+    """
+    diff, static = eqx.partition(x, eqx.is_inexact_array)
+    is_complex = lambda x: jnp.iscomplexobj(x)
+    as_real = lambda x: jnp.stack([x.real, x.imag]) if is_complex(x) else x
+    flat, unravel = jfu.ravel_pytree(jtu.tree_map(as_real, diff))
+
+    def in_place(flat):
+        like = lambda x, y: lax.complex(*y) if is_complex(x) else y
+        return jtu.tree_map(like, diff, unravel(flat))
+
+    def value(flat):
+        value, aux = fn(eqx.combine(in_place(flat), static))
+        return value, (value, aux)
+
+    grads, out = eqx.filter_jit(jax.jacfwd(value, has_aux=True))(flat)
+    return out, jtu.tree_map(jnp.conj, in_place(grads.astype(flat.dtype)))
+
+
+def reference_value_and_grad(
+    fn: Callable[[PyTree, diffrax.AbstractAdjoint], tuple[Array, PyTree]],
+    x: PyTree,
+    solver: diffrax.AbstractSolver,
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """Of `fn(x, adjoint)`, by an adjoint of diffrax that differentiates the steps of
+    the solver: `ForwardMode`, unless this does not have it.
+    """
+    if isinstance(solver, diffrax.HalfSolver):
+        gradient = eqx.filter_jit(eqx.filter_value_and_grad(fn, has_aux=True))
+        return gradient(x, diffrax.DirectAdjoint())
+    return value_and_grad_in_forward_mode(lambda x: fn(x, diffrax.ForwardMode()), x)
+
+
+def grad_in_forward_mode(fn: Callable[[PyTree], Array], x: PyTree) -> PyTree:
+    """As `equinox.filter_grad(fn)(x)`, see `value_and_grad_in_forward_mode`."""
+    _, grads = value_and_grad_in_forward_mode(lambda x: (fn(x), None), x)
+    return grads
+
+
+class SmoothPath(diffrax.AbstractBrownianPath):
+    """Sums of three waves, whose phases are drawn with a key: takes the place of a
+    Brownian path where only the solver and the gradient matter, as it is compiled in a
+    fraction of the time.
+    """
+
+    phases: PyTree[Float[Array, "3 *shape"]]
+    t0: float = -math.inf
+    t1: float = math.inf
+    levy_area: ClassVar = diffrax.BrownianIncrement
+
+    def __init__(self, shape: PyTree[jax.ShapeDtypeStruct], key: Array):
+        leaves, treedef = jtu.tree_flatten(shape)
+        phases = [
+            2 * math.pi * jr.uniform(key, (3, *x.shape), x.dtype)
+            for key, x in zip(jr.split(key, len(leaves)), leaves, strict=True)
+        ]
+        self.phases = jtu.tree_unflatten(treedef, phases)
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        if t1 is None:
+            t0, t1 = 0.0, t0
+
+        def increment(phases):
+            wave = lambda t: jnp.stack(
+                [
+                    0.3 * jnp.sin(jnp.asarray(n * t, phases.dtype) + phase)
+                    for n, phase in zip((4, 11, 23), phases, strict=True)
+                ]
+            )
+            return jnp.sum(wave(t1) - wave(t0), axis=0)
+
+        w = jtu.tree_map(increment, self.phases)
+        if not use_levy:
+            return w
+        dt = jtu.tree_map(lambda x: jnp.asarray(t1 - t0, x.dtype), w)
+        return diffrax.BrownianIncrement(dt, w)
 
 
 class Drift(eqx.Module):

@@ -20,7 +20,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 import optimistix as optx
-from helpers import struct
+from helpers import reference_value_and_grad, struct
 from recorded_steps import Recording, Repeating
 from test_adjoint_cases import (
     first_entry,
@@ -656,19 +656,24 @@ def _initial(program: Program) -> dict[str, Any]:
     )
 
 
-def value_and_grad(program: Program, adjoint, solver, record=None):
-    """Of the loss; with which outputs are finite, and a record of the steps."""
+def value_and_grad(program: Program, solver, of: Callable, record=None):
+    """Of the loss as a function of inputs and adjoint, by `of(loss, inputs)`; with
+    which outputs are finite, and a record of the steps.
+    """
     names = ["y0", "args", "params", "times", "fractions"]
     inputs = {name: _initial(program)[name] for name in names}
-    fn = eqx.filter_value_and_grad(make_loss(program, adjoint, solver), has_aux=True)
-    (value, (is_finite, record)), grads = eqx.filter_jit(fn)(inputs, record)
+    loss = lambda x, adjoint: make_loss(program, adjoint, solver)(x, record)
+    (value, (is_finite, record)), grads = of(loss, inputs)
     leaves = [jnp.ravel(x).astype(jnp.complex128) for x in jtu.tree_leaves(grads)]
     return value, is_finite, jnp.concatenate(leaves), record
 
 
 def ours(program: Program):
     adjoint = StochasticAdjoint(checkpoint_every=program.checkpoint_every)
-    return value_and_grad(program, adjoint, solvers[program.solver])
+    of = lambda loss, inputs: eqx.filter_jit(
+        eqx.filter_value_and_grad(loss, has_aux=True)
+    )(inputs, adjoint)
+    return value_and_grad(program, solvers[program.solver], of)
 
 
 def theirs(program: Program, record):
@@ -676,9 +681,8 @@ def theirs(program: Program, record):
     if type(solver) is diffrax.ReversibleHeun:
         # Which `StochasticAdjoint` replaces. They differ where diffrax's is wrong.
         solver = ReversibleHeun()
-    # Not `RecursiveCheckpointAdjoint`: in a batch, equinox 0.13.8 doubles its gradients
-    # where an output does not depend on the element.
-    return value_and_grad(program, diffrax.DirectAdjoint(), solver, record)
+    of = lambda loss, inputs: reference_value_and_grad(loss, inputs, solver)
+    return value_and_grad(program, solver, of, record)
 
 
 def assert_equal(program: Program, actual, expected):

@@ -1,4 +1,4 @@
-"""`StochasticAdjoint` against `RecursiveCheckpointAdjoint`, over what a solve can be
+"""`StochasticAdjoint` against adjoints of diffrax, over what a solve can be
 made of: solver, noise, structure of the state, `SaveAt`, step size controller,
 direction and dtype.
 """
@@ -15,11 +15,13 @@ import numpy as np
 import optimistix as optx
 import pytest
 from helpers import (
+    SmoothPath,
     by_default_unless,
     keys,
     make_system,
     make_terms,
     noise_shapes,
+    reference_value_and_grad,
     relative_error,
     struct,
 )
@@ -56,8 +58,6 @@ with_levy_area = ("SEA", "SRA1", "ShARK", "GeneralShARK", "SlowRK", "SPaRK")
 
 def first_entry(t, y, args):
     """Not linear in the state, and dependent on everything else."""
-    # In a batch, every output depends on the element: equinox 0.13.8 doubles gradients
-    # of `RecursiveCheckpointAdjoint` where one does not.
     y, *_ = jtu.tree_leaves(y)
     return {"f": jnp.sin(args["rate"] * y + t), "t": t * y}
 
@@ -208,11 +208,6 @@ def make_loss(case: Case, has_record: bool = False):
     controller, has_dt0 = make_controller(case.controller, direction, dtype)
     if has_record:
         controller = Recording(controller, case.max_steps)
-    levy_area = (
-        diffrax.SpaceTimeLevyArea
-        if case.solver in with_levy_area
-        else diffrax.BrownianIncrement
-    )
 
     if case.event is None:
         event = None
@@ -257,13 +252,17 @@ def make_loss(case: Case, has_record: bool = False):
             if case.noise == "none":
                 terms = diffrax.ODETerm(scaled_drift)
             else:
-                path = BrownianInterval(
-                    t0,
-                    t1,
-                    noise_struct,
-                    key,
-                    dt=dt,
-                    levy_area=levy_area,
+                path = (
+                    BrownianInterval(
+                        t0,
+                        t1,
+                        noise_struct,
+                        key,
+                        dt=dt,
+                        levy_area=diffrax.SpaceTimeLevyArea,
+                    )
+                    if case.solver in with_levy_area
+                    else SmoothPath(noise_struct, key)
                 )
                 terms = make_terms(scaled_drift, new_diffusion, path)
             sol = diffrax.diffeqsolve(
@@ -288,7 +287,7 @@ def make_loss(case: Case, has_record: bool = False):
             out = sol.ys
             if case.saveat == "dense":
                 out = (out, sol.evaluate(save_times[2]), sol.derivative(times[1]))
-            # See `first_entry`: elsewhere `ts` does not depend on the element.
+            # Elsewhere they are constants.
             if case.event == "root" or (case.differentiate_times and case.is_adaptive):
                 out = (out, sol.ts)
             if has_record and record is None:
@@ -314,17 +313,19 @@ def assert_equal_gradients(case: Case):
     same_steps = case.is_adaptive and not case.differentiate_times
     loss, *inputs = make_loss(case, has_record=same_steps)
 
-    @eqx.filter_jit
-    def grad(adjoint, record):
-        fn = lambda inputs: loss(adjoint, *inputs, record=record)
-        return eqx.filter_value_and_grad(fn, has_aux=True)(tuple(inputs))
+    def value(inputs, adjoint, record=None):
+        return loss(adjoint, *inputs, record=record)
 
+    inputs = tuple(inputs)
     adjoint = StochasticAdjoint(checkpoint_every=case.checkpoint_every)
-    (value, record), actual = grad(adjoint, None)
-    (expected_value, _), expected = grad(diffrax.RecursiveCheckpointAdjoint(), record)
+    gradient = eqx.filter_jit(eqx.filter_value_and_grad(value, has_aux=True))
+    (actual_value, record), actual = gradient(inputs, adjoint)
+    (expected_value, _), expected = reference_value_and_grad(
+        lambda *x: value(*x, record), inputs, solvers[case.solver]
+    )
     assert any(np.any(x != 0) for x in jtu.tree_leaves(expected))
     tol = 1e-9 if case.dtype == jnp.float64 else 1e-4
-    np.testing.assert_allclose(value, expected_value, rtol=tol)
+    np.testing.assert_allclose(actual_value, expected_value, rtol=tol)
     # A gradient in one parameter alone may be a small sum of large terms.
     as_vector = lambda grads: eqx.tree_at(
         lambda g: g[2], grads, jnp.stack(jtu.tree_leaves(grads[2]))

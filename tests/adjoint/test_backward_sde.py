@@ -16,12 +16,14 @@ import pytest
 from closed_forms import gradient_errors, problems
 from helpers import (
     by_default_unless,
+    grad_in_forward_mode,
     keys,
     make_system,
     make_terms,
     noise_shapes,
     relative_error,
     struct,
+    value_and_grad_in_forward_mode,
 )
 
 from diffrax_sde_adjoint import (
@@ -49,7 +51,7 @@ class Method(NamedTuple):
 _h = diffrax.SpaceTimeLevyArea
 solvers = {
     "EulerHeun": Method(diffrax.EulerHeun()),
-    "Euler": Method(diffrax.Euler(), order=0.5, problem="general"),
+    "Euler": Method(diffrax.Euler(), order=0.5, problem="general", slow=True),
     "Heun": Method(diffrax.Heun(), slow=True),
     "Midpoint": Method(diffrax.Midpoint(), slow=True),
     "Ralston": Method(diffrax.Ralston(), slow=True),
@@ -165,15 +167,14 @@ def test_close_to_the_exact_gradient(case):
     loss, params = make_loss(noise, dtype, solver, saveat, backward_in_time=backward)
     every = 100 if case == "checkpoint_every" else None
 
-    @eqx.filter_jit
-    def gradient(adjoint):
-        def total(params):
-            return jnp.sum(jax.vmap(lambda key: loss(params, key, adjoint))(keys(4)))
+    def total(params, adjoint):
+        return jnp.sum(jax.vmap(lambda key: loss(params, key, adjoint))(keys(4)))
 
-        return eqx.filter_grad(total)(params)
-
-    actual = gradient(BackwardSDEAdjoint(checkpoint_every=every))
-    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    adjoint = BackwardSDEAdjoint(checkpoint_every=every)
+    actual = eqx.filter_jit(eqx.filter_grad(total))(params, adjoint)
+    expected = grad_in_forward_mode(
+        lambda params: total(params, diffrax.ForwardMode()), params
+    )
     # Both have an error of this size as approximations of the SDE's.
     error = relative_error(actual, expected)
     assert error < (0.3 if case == "Euler" else 0.03)
@@ -181,6 +182,7 @@ def test_close_to_the_exact_gradient(case):
     assert error > 1e-7
 
 
+@pytest.mark.slow
 def test_per_element_gradients_are_kept_apart():
     saveat = diffrax.SaveAt(t1=True)
     loss, params = make_loss("scalar", jnp.float64, diffrax.Heun(), saveat, dt=1 / 32)
@@ -201,11 +203,15 @@ def test_numerics_of_its_own():
     gradient = eqx.filter_jit(
         lambda adjoint: eqx.filter_grad(loss)(params, jr.key(4), adjoint)
     )
-    flat = lambda adjoint: jfu.ravel_pytree(gradient(adjoint))[0]
-    expected = flat(diffrax.RecursiveCheckpointAdjoint())
+    flat = lambda gradient: jfu.ravel_pytree(gradient)[0]
+    expected = flat(
+        grad_in_forward_mode(
+            lambda params: loss(params, jr.key(4), diffrax.ForwardMode()), params
+        )
+    )
 
     def error(**kwargs):
-        actual = flat(BackwardSDEAdjoint(**kwargs))
+        actual = flat(gradient(BackwardSDEAdjoint(**kwargs)))
         return jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
 
     coarse = error(dt0=1 / 8)
@@ -300,22 +306,28 @@ def test_reversed_levy_areas():
         reversed_control([Other(1.0, 2.0, 3.0)])
 
 
-def test_milstein_needs_commutative_noise():
+@pytest.mark.parametrize(
+    "noise,throw",
+    (
+        ("general", True),
+        pytest.param("general", False, marks=pytest.mark.slow),
+        pytest.param("diagonal", True, marks=pytest.mark.slow),
+    ),
+)
+def test_milstein_needs_commutative_noise(noise, throw):
     saveat = diffrax.SaveAt(t1=True)
     milstein = BackwardSDEAdjoint(solver=diffrax.StratonovichMilstein())
-    for noise, is_right in (("general", False), ("diagonal", True)):
-        loss, params = make_loss(noise, jnp.float64, diffrax.Heun(), saveat, dt=1 / 16)
-        gradient = eqx.filter_jit(
-            lambda throw, loss=loss, params=params: eqx.filter_grad(loss)(
-                params, jr.key(0), milstein, throw=throw
-            )
-        )
-        if is_right:
-            gradient(True)
-            continue
+    loss, params = make_loss(noise, jnp.float64, diffrax.Heun(), saveat, dt=1 / 16)
+    gradient = eqx.filter_jit(
+        lambda: eqx.filter_grad(loss)(params, jr.key(0), milstein, throw=throw)
+    )
+    if noise == "diagonal":
+        gradient()
+    elif throw:
         with pytest.raises(eqx.EquinoxRuntimeError, match="needs commutative noise"):
-            gradient(True)
-        assert all(np.all(np.isnan(x)) for x in jtu.tree_leaves(gradient(False)))
+            gradient()
+    else:
+        assert all(np.all(np.isnan(x)) for x in jtu.tree_leaves(gradient()))
 
 
 def test_a_backward_solve_that_goes_astray_is_an_error():
@@ -376,39 +388,38 @@ def test_states_that_are_pytrees(case):
     max_steps = 400 if case == "ends early" else 1024
     saveat = diffrax.SaveAt(ts=jnp.array([0.25, 0.5, 1.0]))
 
-    @eqx.filter_jit
-    def gradient(adjoint):
-        def loss(params):
-            keys = jr.split(jr.key(3), 2)
-            path0 = BrownianInterval(t0, t1, jtu.tree_map(like, y0), keys[0], dt=dt)
-            path1 = BrownianInterval(t0, t1, scalars, keys[1], dt=dt)
-            terms = diffrax.MultiTerm(
-                diffrax.ODETerm(drift),
-                diffrax.ControlTerm(diagonal, path0),
-                diffrax.ControlTerm(mixed, path1),
-            )
-            sol = diffrax.diffeqsolve(
-                terms,
-                diffrax.Heun(),
-                t0,
-                t1,
-                dt,
-                params["y0"],
-                params,
-                saveat=saveat,
-                adjoint=adjoint,
-                max_steps=max_steps,
-                throw=False,
-            )
-            finite = jtu.tree_map(lambda x: jnp.where(jnp.isfinite(x), x, 0), sol.ys)
-            leaves = [jnp.sum(jnp.cos(x)) for x in jtu.tree_leaves(finite)]
-            return sum(leaves), sol.result
+    def loss(params, adjoint):
+        keys = jr.split(jr.key(3), 2)
+        path0 = BrownianInterval(t0, t1, jtu.tree_map(like, y0), keys[0], dt=dt)
+        path1 = BrownianInterval(t0, t1, scalars, keys[1], dt=dt)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(drift),
+            diffrax.ControlTerm(diagonal, path0),
+            diffrax.ControlTerm(mixed, path1),
+        )
+        sol = diffrax.diffeqsolve(
+            terms,
+            diffrax.Heun(),
+            t0,
+            t1,
+            dt,
+            params["y0"],
+            params,
+            saveat=saveat,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+        finite = jtu.tree_map(lambda x: jnp.where(jnp.isfinite(x), x, 0), sol.ys)
+        leaves = [jnp.sum(jnp.cos(x)) for x in jtu.tree_leaves(finite)]
+        return sum(leaves), sol.result == diffrax.RESULTS.successful
 
-        return eqx.filter_value_and_grad(loss, has_aux=True)(params)
-
-    (_, result), actual = gradient(adjoint)
-    assert (result == diffrax.RESULTS.successful) == (case == "two noises")
-    _, expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
+    (_, is_successful), actual = gradient(params, adjoint)
+    assert is_successful == (case == "two noises")
+    _, expected = value_and_grad_in_forward_mode(
+        lambda params: loss(params, diffrax.ForwardMode()), params
+    )
     assert 1e-7 < relative_error(actual, expected) < 0.03
 
 

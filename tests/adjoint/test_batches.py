@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import keys, make_terms, relative_error, struct
+from helpers import (
+    SmoothPath,
+    keys,
+    make_terms,
+    relative_error,
+    struct,
+    value_and_grad_in_forward_mode,
+)
 from recorded_steps import Recording, Repeating
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
@@ -19,7 +26,7 @@ def solve(adjoint, solver, record, shared, own, key):
     """Adaptive, so that the elements of a batch make different numbers of steps; or
     with those of a record, see `recorded_steps.py`.
     """
-    path = BrownianInterval(0.0, 1.0, struct((2,), jnp.float64), key, dt=0.1)
+    path = SmoothPath(struct((2,), jnp.float64), key)
     args = {"weight": shared, "own": own}
     terms = make_terms(
         lambda t, y, args: jnp.sin(args["weight"] @ y) + args["own"],
@@ -76,11 +83,14 @@ def test_parameters_shared_over_some_axes(solver):
         scale = jnp.cos(1 + jnp.arange(ys.size)).reshape(ys.shape)
         return jnp.sum(ys * scale), record
 
+    inputs = (weights, own)
     gradient = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))
-    ours, record = gradient((weights, own), StochasticAdjoint(), None)
+    ours, record = gradient(inputs, StochasticAdjoint(), None)
     num_steps = jnp.sum(record.decisions[0], axis=-1)
     assert len(set(num_steps.ravel().tolist())) > 3
-    theirs, _ = gradient((weights, own), diffrax.DirectAdjoint(), record)
+    _, theirs = value_and_grad_in_forward_mode(
+        lambda inputs: loss(inputs, diffrax.ForwardMode(), record), inputs
+    )
     assert relative_error(ours, theirs) < 1e-9
 
 
@@ -88,7 +98,7 @@ def test_pages_of_which_states_are_kept():
     """Long enough for the sweep to look at the states within them, of a batch whose
     elements are elsewhere on their pages.
     """
-    path = lambda key: BrownianInterval(0.0, 1.0, struct((), jnp.float64), key, dt=0.05)
+    path = lambda key: SmoothPath(struct((), jnp.float64), key)
 
     def one(rate, t1, key, adjoint):
         terms = make_terms(
@@ -104,9 +114,9 @@ def test_pages_of_which_states_are_kept():
         batch = jax.vmap(one, in_axes=(None, 0, 0, None))
         return jnp.sum(batch(rate, t1s, keys(3), adjoint) ** 2)
 
-    gradient = eqx.filter_jit(jax.grad(loss))
-    ours = gradient(jnp.array(0.7), StochasticAdjoint(checkpoint_every=16))
-    theirs = gradient(jnp.array(0.7), diffrax.DirectAdjoint())
+    adjoint = StochasticAdjoint(checkpoint_every=16)
+    ours = jax.jit(lambda rate: jax.grad(loss)(rate, adjoint))(0.7)
+    theirs = jax.jit(lambda rate: jax.jacfwd(loss)(rate, diffrax.ForwardMode()))(0.7)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
@@ -196,20 +206,23 @@ def assert_equal_gradients_where_defined(solver, y0, t1s, rate, saveat):
 
         return jnp.sum(jax.vmap(one)(jnp.array(t1s)))
 
-    gradient = eqx.filter_jit(eqx.filter_grad(loss))
-    ours = gradient(jnp.array(rate), StochasticAdjoint())
-    theirs = gradient(jnp.array(rate), diffrax.DirectAdjoint())
+    rate = jnp.array(rate)
+    ours = jax.jit(lambda rate: jax.grad(loss)(rate, StochasticAdjoint()))(rate)
+    theirs = jax.jit(lambda rate: jax.jacfwd(loss)(rate, diffrax.ForwardMode()))(rate)
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
-@pytest.mark.parametrize("solver", (ReversibleHeun(), diffrax.Heun()))
+@pytest.mark.parametrize(
+    "solver",
+    (ReversibleHeun(), pytest.param(diffrax.Heun(), marks=pytest.mark.slow)),
+)
 def test_elements_wait_at_their_start(solver):
     saveat = diffrax.SaveAt(ts=[0.1, 0.2], fn=lambda t, y, args: y**2)
     y0 = lambda rate: jnp.array(0.01)
     assert_equal_gradients_where_defined(solver, y0, [1.0, 2.0], 1.0, saveat)
 
 
-@pytest.mark.parametrize("solver", (ReversibleHeun(), diffrax.Heun()))
+@both_ways
 def test_element_without_steps(solver):
     saveat = diffrax.SaveAt(t0=True, t1=True)
     y0 = lambda rate: 0.5 * rate
@@ -218,7 +231,7 @@ def test_element_without_steps(solver):
 
 def test_conditional():
     """JAX keeps what is inside of it, for its derivative, without weak types."""
-    path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.25)
+    path = SmoothPath(struct((), jnp.float64), jr.key(0))
     terms = make_terms(lambda t, y, args: -y, lambda t, y, args: args * y, path)
 
     def loss(args, adjoint):
@@ -227,7 +240,7 @@ def test_conditional():
         ).ys[0]
         return jax.lax.cond(args > 0, solve, lambda: args)
 
-    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    ours = jax.jit(lambda args: jax.grad(loss)(args, StochasticAdjoint()))
+    theirs = jax.jit(lambda args: jax.jacfwd(loss)(args, diffrax.ForwardMode()))
     for args in (jnp.array(0.7), jnp.array(-0.7)):
-        ours = gradient(args, StochasticAdjoint())
-        assert relative_error(ours, gradient(args, diffrax.DirectAdjoint())) < 1e-12
+        assert relative_error(ours(args), theirs(args)) < 1e-12

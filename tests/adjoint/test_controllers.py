@@ -55,7 +55,10 @@ def test_what_it_refers_to(solver):
 
     gradient = eqx.filter_jit(jax.value_and_grad(loss))
     ours = gradient(jnp.array(0.1), StochasticAdjoint())
-    theirs = gradient(jnp.array(0.1), diffrax.RecursiveCheckpointAdjoint())
+    dt, forward = jnp.array(0.1), diffrax.ForwardMode()
+    theirs = jax.jit(
+        lambda dt: jax.jvp(lambda dt: loss(dt, forward), (dt,), (jnp.ones(()),))
+    )(dt)
     assert theirs[1] != 0
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
@@ -69,7 +72,7 @@ def test_looking_at_the_solution(solver):
 
     solved = eqx.filter_jit(loss)
     ours = solved(0.3, StochasticAdjoint())
-    theirs = solved(0.3, diffrax.RecursiveCheckpointAdjoint())
+    theirs = solved(0.3, diffrax.ForwardMode())
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
     with pytest.raises(ValueError, match="step sizes depend on the solution"):
         jax.grad(loss)(0.3, StochasticAdjoint())

@@ -177,6 +177,7 @@ def raises():
 
 
 slow = (
+    "OU",
     "OU, rate times length 16",
     "OU, rate times length 15, shorter",
     "drift with several zeros",
@@ -205,6 +206,7 @@ def test_unstable(name, checkpoint_every):
         gradient(bad[name], ReversibleHeun(), adjoint)
 
 
+@pytest.mark.slow
 def test_without_an_error():
     adjoint = StochasticAdjoint(checkpoint_every=10)
     out = gradient(bad["Heston"], ReversibleHeun(), adjoint, throw=False)

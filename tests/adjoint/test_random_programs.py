@@ -1,4 +1,4 @@
-"""`StochasticAdjoint` against `DirectAdjoint`, on programs drawn at random from all
+"""`StochasticAdjoint` against adjoints of diffrax, on programs drawn at random from all
 that a user can combine. Each has the right gradient, or is refused with a message that
 says why.
 """
@@ -208,7 +208,7 @@ def test_draws_differ():
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
 # By default a few, which are quick to compile and differ in much.
 @pytest.mark.parametrize(
-    "seed", by_default_unless(lambda seed: seed not in (5, 31, 32), range(200))
+    "seed", by_default_unless(lambda seed: seed not in (31, 32), range(200))
 )
 def test_random_program(seed):
     program = draw(seed)

@@ -16,10 +16,10 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 import pytest
-from helpers import keys, struct
+from helpers import by_default_unless, keys, struct
 
 from diffrax_sde_adjoint import BrownianInterval
-from diffrax_sde_adjoint._brownian import draws as brownian_draws, refine
+from diffrax_sde_adjoint._brownian import refine
 from diffrax_sde_adjoint._brownian.query import draw_cell
 from diffrax_sde_adjoint._term.reversed import reversed_control
 
@@ -71,8 +71,10 @@ def make_path(key, shape=(), **grid) -> BrownianInterval:
 
 @pytest.mark.parametrize(
     "grid,levy_area",
-    (*((grid, "W") for grid in grids), ("none", "K")),
-    ids="-".join,
+    by_default_unless(
+        (("dt that does not divide", "W"), ("none", "W")),
+        (*((grid, "W") for grid in grids), ("none", "K")),
+    ),
 )
 def test_pure(grid, levy_area):
     """Equal queries have equal values: in any order, under `jit` and `vmap`, and for a
@@ -112,90 +114,22 @@ def test_value_is_increment_from_the_start(grid):
         np.testing.assert_array_equal(path.evaluate(t), path.evaluate(t0, t))
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """What is run from here on appends an item to this list for each draw."""
-    to_normal = brownian_draws._to_normal
-    draws = []
-
-    def counted(hashed, like):
-        jax.debug.callback(lambda _: draws.append(like.shape), hashed)
-        return to_normal(hashed, like)
-
-    monkeypatch.setattr(brownian_draws, "_to_normal", counted)
-    jax.clear_caches()
-    yield draws
-    jax.clear_caches()
-
-
-# Grid, query and draws.
-costs = {
-    "cell": ("dt", (0.75, 1.0), 1),
-    "left half": ("dt", (0.75, 0.875), 2),
-    "right half": ("dt", (0.875, 1.0), 2),
-    "eighth": ("dt", (1.34375, 1.375), 4),
-    "cells": ("dt", (0.75, 1.5), 3),
-    "all cells": ("ts", (0.5, 2.5), 4),
-    "half of a listed cell": ("ts", (1.5, 2.0), 2),
-    "half of the second cell": ("dt that does not divide", (1.2, 1.2 + 0.95 / 3), 2),
-    "one cell": ("none", (0.5, 2.5), 1),
-    "quarter of one cell": ("none", (1.5, 2.0), 3),
-    # Each end draws its cell, ten or twenty levels, and a leaf.
-    "anything in one cell": ("none", (0.6, 0.7), 2 * 22),
-    "anything": ("dt", (0.6, 0.7), 1 + 2 * 12),
-    "anything, over cells": ("dt", (0.6, 1.3), 1 + 2 * 12 + 2),
-    "not aligned": ("dt", (0.8125, 0.9375), 1 + 2 * 12),
+# What is tried by default with each grid; the others are slow.
+few = {
+    "dt": ("K", jnp.float32),
+    "dt that does not divide": ("W", f64),
+    "ts": ("K", f64),
+    "none": ("H", jnp.float32),
 }
 
 
-@pytest.mark.parametrize("levy_area", ("W", "K"))
-@pytest.mark.parametrize("grid,query,num", costs.values(), ids=costs)
-def test_draws_of_a_query(grid, query, num, levy_area, draws):
-    shape = struct((3,), jnp.float32)
-    path = make_path(jr.key(0), shape, levy_area=levy_areas[levy_area], **grids[grid])
-    jax.block_until_ready(path.evaluate(*query, use_levy=True))
-    jax.effects_barrier()
-    assert len(draws) == num
-
-
-@pytest.mark.parametrize("backward", (False, True))
-@pytest.mark.parametrize("dtype", (f64, jnp.float32))
 @pytest.mark.parametrize(
-    "t1,dt,step,num",
-    (
-        (1.0, 0.02, 0.01, 2),
-        (10.0, 0.02, 0.01, 2),
-        (10.0, 0.02, 0.005, 3),
-        (1.0, 0.01, 0.02, 2),
-        (10.0, 0.01, 0.05, 5),
-        (7.7, None, 7.7 / 128, 8),
+    "grid,levy_area,dtype",
+    by_default_unless(
+        lambda grid, *others: others != few.get(grid, others),
+        itertools.product(grids, levy_areas, (f64, jnp.float32)),
     ),
 )
-def test_draws_of_a_solve(t1, dt, step, num, dtype, backward, draws):
-    """However they were rounded, steps that are dyadic parts of cells or several whole
-    ones are drawn as such.
-    """
-    start, end = (-t1, 0.0) if backward else (0.0, t1)
-    times = jnp.array(steps_of_constant_solve(start, end, step, dtype), dtype)
-    times = -times[::-1] if backward else times
-    to_dtype = lambda x: None if x is None else jnp.array(x, dtype)
-    shape = struct((), jnp.float32)
-
-    @jax.jit
-    def run(ts):
-        path = BrownianInterval(
-            to_dtype(0.0), to_dtype(t1), shape, jr.key(0), dt=to_dtype(dt)
-        )
-        return jax.lax.map(lambda ts: path.evaluate(*ts), ts)
-
-    jax.block_until_ready(run((times[:-1], times[1:])))
-    jax.effects_barrier()
-    assert len(draws) == num * (len(times) - 1)
-
-
-@pytest.mark.parametrize("dtype", (f64, jnp.float32), ids=lambda x: x.__name__)
-@pytest.mark.parametrize("levy_area", levy_areas)
-@pytest.mark.parametrize("grid", grids)
 def test_simple_queries_are_like_others(grid, levy_area, dtype, monkeypatch):
     """Cells, parts of them, unions of them, all others, also a bit off: what they cost
     does not change their values. In a batch of all of these, and one by one.
@@ -254,19 +188,15 @@ def test_typed_and_legacy_keys_agree():
     np.testing.assert_array_equal(typed, legacy)
 
 
-@pytest.mark.parametrize("dtype", (f64, jnp.float32))
-@pytest.mark.parametrize("backward", (False, True))
-@pytest.mark.parametrize(
-    "start,end,dt", ((0.5, 2.5, 1e-3), (-3.0, 7.0, 0.1), (100.0, 101.0, 2**-7))
-)
-def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
-    """Each step of a solve is one cell, drawn as such, however it was rounded."""
-    start, end, dt = (jnp.array(x, dtype) for x in (start, end, dt))
+@jax.jit
+def steps_and_cells(start, end, dt, first, last, step):
+    """The increments of a solve from `first` to `last`, their number, and the values
+    in the cells of the path.
+    """
+    dtype = start.dtype
     path = BrownianInterval(start, end, struct((), dtype), jr.key(0), dt=dt)
-    terms = diffrax.ControlTerm(lambda t, y, args: jnp.ones((), dtype), path)
-    first, last, step = (end, start, -dt) if backward else (start, end, dt)
     sol = diffrax.diffeqsolve(
-        terms,
+        diffrax.ControlTerm(lambda t, y, args: jnp.ones((), dtype), path),
         diffrax.Euler(),
         first,
         last,
@@ -275,18 +205,29 @@ def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
         saveat=diffrax.SaveAt(t1=True, steps=True),
         max_steps=4096,
     )
-    num = round(float((end - start) / dt))
-    assert sol.stats["num_steps"] == num
+    draw = lambda i: draw_cell(path._source, i, path._cells.length(i)).components[0]
+    cells = jax.vmap(draw)(jnp.arange(4096, dtype=jnp.int32))
     assert sol.ys is not None
-    increments = jnp.diff(sol.ys[:num], prepend=0)
+    return jnp.diff(sol.ys, prepend=0), sol.stats["num_steps"], cells
+
+
+@pytest.mark.parametrize("dtype", (f64, jnp.float32))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize(
+    "start,end,dt", ((0.5, 2.5, 1e-3), (-3.0, 7.0, 0.1), (100.0, 101.0, 2**-7))
+)
+def test_steps_of_a_solve_are_cells(start, end, dt, backward, dtype):
+    """Each step of a solve is one cell, drawn as such, however it was rounded."""
+    start, end, dt = (jnp.array(x, dtype) for x in (start, end, dt))
+    times = (end, start, -dt) if backward else (start, end, dt)
+    increments, num_steps, cells = steps_and_cells(start, end, dt, *times)
+    num = round(float((end - start) / dt))
+    assert num_steps == num
+    increments = increments[:num]
     if backward:
         increments = -increments[::-1]
-    i = jnp.arange(num, dtype=jnp.int32)
-    dt = path._cells.length
-    draw = lambda i: draw_cell(path._source, i, dt(i)).components[0]
-    cells = jax.vmap(draw)(i)
     tol = 100 * float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(increments, cells, rtol=0, atol=tol)
+    np.testing.assert_allclose(increments, cells[:num], rtol=0, atol=tol)
 
 
 @pytest.mark.parametrize("dt", (0.3, 0.7, 0.99, 1.0, 0.1))
@@ -386,7 +327,7 @@ def test_half_precision_over_many_cells():
     def run(key):
         path = make_path(
             key,
-            struct((20_000,), jnp.bfloat16),
+            struct((10_000,), jnp.bfloat16),
             dt=2e-3,
             levy_area=diffrax.SpaceTimeTimeLevyArea,
         )
@@ -420,26 +361,23 @@ def test_half_precision_over_many_cells():
 )
 def test_pytree_shapes(shape, levy_area):
     expected = struct((), f64) if shape == () else shape
-    # A cell, nothing, and parts of three cells.
-    queries = ((0.5, 1.0), (1.0, 1.0), (0.7, 1.6))
 
-    @jax.jit
-    def evaluate(key):
-        path = make_path(key, shape, dt=0.5, levy_area=levy_area)
+    def evaluate(start, end, use_levy):
+        path = make_path(jr.key(0), shape, dt=0.5, levy_area=levy_area)
         assert path.shape == expected
-        return [path.evaluate(*query, use_levy=True) for query in queries]
+        return path.evaluate(start, end, use_levy=use_levy)
 
-    path = make_path(jr.key(0), shape, dt=0.5, levy_area=levy_area)
-    for query, increment in zip(queries, evaluate(jr.key(0)), strict=True):
+    with_areas = jax.jit(lambda start, end: evaluate(start, end, True))
+    # A cell, nothing, and parts of three cells.
+    for query in ((0.5, 1.0), (1.0, 1.0), (0.7, 1.6)):
+        increment = with_areas(*query)
         assert type(increment) is levy_area
-        components = [getattr(increment, x) for x in "WHK" if hasattr(increment, x)]
-        for x in components:
+        for x in (getattr(increment, x) for x in "WHK" if hasattr(increment, x)):
             assert jax.eval_shape(lambda x=x: x) == expected
         assert jtu.tree_structure(increment.dt) == jtu.tree_structure(expected)
         for dt in jtu.tree_leaves(increment.dt):
             np.testing.assert_allclose(dt, query[1] - query[0], rtol=1e-3)
-        plain = path.evaluate(*query)
-        assert jax.eval_shape(lambda plain=plain: plain) == expected
+        assert jax.eval_shape(lambda query=query: evaluate(*query, False)) == expected
 
 
 bad_arguments = {
@@ -621,7 +559,9 @@ def test_derivatives_are_errors():
     assert all(np.all(x == 0) for x in jtu.tree_leaves(grads))
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize(
+    "dtype", (jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow))
+)
 @pytest.mark.parametrize("size", (40, 60, 100, 200))
 def test_sizes(size, dtype):
     """By which numbers are drawn all at once, in parts, or in a loop of parts."""
@@ -629,7 +569,7 @@ def test_sizes(size, dtype):
     t0, t1, dt = array(0, 1, 0.1)
     path = BrownianInterval(t0, t1, struct((size,), dtype), jr.key(0), dt=dt)
     starts, ends = array(0.03, 0.07, 0.03), array(0.07, 0.33, 0.33)
-    first, second, both = jax.vmap(path.evaluate)(starts, ends)
+    first, second, both = jax.jit(jax.vmap(path.evaluate))(starts, ends)
     np.testing.assert_allclose(
         first + second, both, atol=20 * float(jnp.finfo(dtype).eps)
     )
@@ -637,7 +577,7 @@ def test_sizes(size, dtype):
     assert 0.2 < jnp.std(both) < 0.9
 
 
-@pytest.mark.parametrize("dt", (0.3, 0.25))
+@pytest.mark.parametrize("dt", by_default_unless((0.25,), (0.3, 0.25)))
 def test_solves_in_both_directions_see_one_path(dt):
     """Also where `dt` does not divide the interval, so that steps backwards are not
     those forwards.

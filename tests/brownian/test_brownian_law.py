@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import keys, struct
+from helpers import by_default_unless, keys, struct
 
 from diffrax_sde_adjoint import BrownianInterval
 
@@ -106,18 +106,20 @@ def sample(queries, num, dtype, num_keys, **kwargs) -> np.ndarray:
     return np.asarray(run(keys(num_keys)), np.float64).reshape(num_keys, -1)
 
 
+def is_slow(name, areas, dtype):
+    return (areas, dtype) != ("W" if name == "uniform" else "WHK", jnp.float64)
+
+
 @pytest.mark.parametrize(
-    "num,dtype",
-    (
-        pytest.param(1, jnp.float64, id="W"),
-        pytest.param(2, jnp.float64, id="WH", marks=pytest.mark.slow),
-        pytest.param(3, jnp.float64, id="WHK"),
-        pytest.param(3, jnp.float32, id="WHK, float32", marks=pytest.mark.slow),
+    "name,areas,dtype",
+    by_default_unless(
+        is_slow,
+        itertools.product(grids, ("W", "WH", "WHK"), (jnp.float64, jnp.float32)),
     ),
 )
-@pytest.mark.parametrize("grid", grids.values(), ids=grids)
-def test_joint_law(grid, num, dtype):
-    grid, of_grid = grid
+def test_joint_law(name, areas, dtype):
+    grid, of_grid = grids[name]
+    num = len(areas)
     all_queries = queries + of_grid
     num_keys = 20_000
     samples = sample(all_queries, num, dtype, num_keys, **grid)
@@ -253,17 +255,19 @@ def test_below_the_resolution():
         assert np.all(kk <= 0.02 * np.sqrt(h / 720))
 
 
+tiny = (
+    dict(t0=0.0, t1=20.0),
+    dict(t0=0.1, t1=20.0),
+    dict(t0=0.0, t1=20.0, dt=0.1, levels=16),
+    dict(t0=0.0, t1=20.0, dt=0.3, levels=16),
+    dict(t0=0.0, t1=20.0, ts=[0.0, 9.9, 10.2, 20.0], levels=16),
+    dict(t0=10.0, t1=10 + 2**-10, dt=2**-10 / 100),
+)
+
+
+# Where there are levels, most of the time is for these.
 @pytest.mark.parametrize(
-    "grid",
-    (
-        dict(t0=0.0, t1=20.0),
-        dict(t0=0.1, t1=20.0),
-        dict(t0=0.0, t1=20.0, dt=0.1, levels=16),
-        dict(t0=0.0, t1=20.0, dt=0.3, levels=16),
-        dict(t0=0.0, t1=20.0, ts=[0.0, 9.9, 10.2, 20.0], levels=16),
-        dict(t0=10.0, t1=10 + 2**-10, dt=2**-10 / 100),
-    ),
-    ids=str,
+    "grid", by_default_unless(lambda grid: grid["t1"] == 20, tiny), ids=str
 )
 def test_tiny_steps_in_single_precision(grid):
     """Steps of ten units of rounding: their variance is their length, to 1%."""

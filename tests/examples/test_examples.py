@@ -42,6 +42,7 @@ def test_training_continues_from_a_checkpoint(example, tmp_path):
         common.train(step, start, 8, dict(decay=0.5), tmp_path, resume)
 
 
+@pytest.mark.slow
 def test_latent_sde(example, tmp_path):
     scores = example("latent_sde").main(
         steps=30, batch=8, dim=2, width=8, samples=2, out=tmp_path
@@ -51,6 +52,7 @@ def test_latent_sde(example, tmp_path):
     assert (tmp_path / "train_30.eqx").exists()
 
 
+@pytest.mark.slow
 def test_latent_sde_mocap(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
     count = lambda model: sum(x.size for x in jax.tree.leaves(model) if eqx.is_array(x))
@@ -127,9 +129,8 @@ def test_windows_are_played_faster_or_slower(example):
     assert parts.min() >= 0 and parts.max() <= 299.001
 
 
-@pytest.mark.parametrize(
-    "process", ["lorenz", pytest.param("gbm", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["lorenz", "gbm"])
 def test_latent_sde_synthetic(example, tmp_path, process):
     scores = example("latent_sde_synthetic").main(
         process=process, steps=80, batch=8, observed=0.5, out=tmp_path
@@ -175,9 +176,8 @@ def test_energy_distance(example):
     assert bound < 0.02 * exact
 
 
-@pytest.mark.parametrize(
-    "measured", [(), pytest.param(((2, 4), (2, 64)), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("measured", [(), ((2, 4), (2, 64))])
 def test_dlgm_diffusion_limit(example, tmp_path, measured):
     scores = example("dlgm_diffusion_limit").main(
         steps=50,
@@ -359,7 +359,10 @@ def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
 
 @pytest.mark.parametrize(
     "solver, reference",
-    [(ReversibleHeun(), diffrax.ReversibleHeun()), (Midpoint(), Midpoint())],
+    [
+        (ReversibleHeun(), diffrax.ReversibleHeun()),
+        pytest.param(Midpoint(), Midpoint(), marks=pytest.mark.slow),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_penalty_gradient(example, monkeypatch, solver, reference):

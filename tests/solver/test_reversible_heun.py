@@ -1,5 +1,7 @@
 """`ReversibleHeun`: equal to diffrax's, undone by `backward_step`, and its orders."""
 
+import itertools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -10,12 +12,15 @@ import lineax as lx
 import numpy as np
 import pytest
 from helpers import (
+    SmoothPath,
+    by_default_unless,
     keys,
     make_system,
     make_terms,
     noise_shapes,
     relative_error,
     struct,
+    value_and_grad_in_forward_mode,
 )
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
@@ -33,11 +38,19 @@ def make_solve(noise, dtype, num_steps=100):
     return terms, t0, t1, dt, y0, args
 
 
-noises_and_dtypes = [
-    *((noise, jnp.float64) for noise in noise_shapes),
-    ("general operator", jnp.float32),
-    ("diagonal", jnp.float32),
-]
+noises_and_dtypes = by_default_unless(
+    (
+        ("general", jnp.float64),
+        ("additive", jnp.float64),
+        ("scalar", jnp.float64),
+        ("diagonal", jnp.float32),
+    ),
+    [
+        *((noise, jnp.float64) for noise in noise_shapes),
+        ("general operator", jnp.float32),
+        ("diagonal", jnp.float32),
+    ],
+)
 
 
 @pytest.mark.parametrize("noise,dtype", noises_and_dtypes)
@@ -238,39 +251,50 @@ operators = {
 }
 
 
+adjoints = {
+    "ours": StochasticAdjoint(),
+    "diffrax's": diffrax.RecursiveCheckpointAdjoint(),
+}
+
+
 @pytest.mark.parametrize(
-    "adjoint", (StochasticAdjoint(), diffrax.RecursiveCheckpointAdjoint()), ids=str
-)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=pytest.mark.slow if x in ("quotient", "identity") else ())
-        for x in operators
-    ],
+    "name,adjoint",
+    by_default_unless(
+        lambda name, adjoint: (
+            name in ("quotient", "product", "identity", "Jacobian")
+            or (adjoint == "diffrax's" and name != "function")
+        ),
+        itertools.product(operators, adjoints),
+    ),
 )
 def test_operators_that_do_not_add_leaf_by_leaf(name, adjoint):
     """The same as with the operator's matrix, forwards and in the gradient."""
     operator = operators[name]
-    path = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.05)
+    path = SmoothPath(struct((2,), jnp.float64), jr.key(0))
 
-    def solve(diffusion):
-        def loss(y0):
-            return diffrax.diffeqsolve(
-                make_terms(
-                    lambda t, y, args: -y, lambda t, y, args: diffusion(y), path
-                ),
-                ReversibleHeun(),
-                0.0,
-                1.0,
-                0.05,
-                y0,
-                adjoint=adjoint,
-            ).ys[0, 0]
+    def loss(y0, diffusion, adjoint):
+        return diffrax.diffeqsolve(
+            make_terms(lambda t, y, args: -y, lambda t, y, args: diffusion(y), path),
+            ReversibleHeun(),
+            0.0,
+            1.0,
+            0.05,
+            y0,
+            adjoint=adjoint,
+        ).ys[0, 0]
 
-        return jax.value_and_grad(loss)(jnp.array([0.6, -0.3]))
-
-    expected = solve(lambda y: operator(y).as_matrix())
-    assert relative_error(solve(operator), expected) < 1e-13
+    y0 = jnp.array([0.6, -0.3])
+    actual = jax.jit(
+        lambda y0: jax.value_and_grad(loss)(y0, operator, adjoints[adjoint])
+    )(y0)
+    expected = value_and_grad_in_forward_mode(
+        lambda y0: (
+            loss(y0, lambda y: operator(y).as_matrix(), diffrax.ForwardMode()),
+            None,
+        ),
+        y0,
+    )
+    assert relative_error(actual, (expected[0][0], expected[1])) < 1e-13
 
 
 def solve_with_function(solver, **kwargs):
@@ -313,30 +337,26 @@ def test_functions_where_diffrax_looks_at_a_step(kwargs):
         solve(diffrax.ReversibleHeun())
 
 
-@pytest.mark.parametrize("checkpoint_every", (None, 3))
+@pytest.mark.parametrize("checkpoint_every", by_default_unless((3,), (None, 3)))
 def test_diffusion_that_is_a_number(checkpoint_every):
     """Of Python, and not an array."""
 
-    def gradient(level, adjoint):
-        def loss(args):
-            path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.1)
-            terms = make_terms(
-                lambda t, y, args: -args * y, lambda t, y, args: level, path
-            )
-            return diffrax.diffeqsolve(
-                terms,
-                ReversibleHeun(),
-                0.0,
-                1.0,
-                0.1,
-                1.0,
-                args,
-                adjoint=adjoint,
-                max_steps=16,
-            ).ys[0]
+    def loss(args, level, adjoint):
+        path = SmoothPath(struct((), jnp.float64), jr.key(0))
+        terms = make_terms(lambda t, y, args: -args * y, lambda t, y, args: level, path)
+        return diffrax.diffeqsolve(
+            terms,
+            ReversibleHeun(),
+            0.0,
+            1.0,
+            0.1,
+            1.0,
+            args,
+            adjoint=adjoint,
+            max_steps=16,
+        ).ys[0]
 
-        return jax.jit(jax.grad(loss))(0.7)
-
-    actual = gradient(0.4, StochasticAdjoint(checkpoint_every=checkpoint_every))
-    expected = gradient(jnp.array(0.4), diffrax.RecursiveCheckpointAdjoint())
+    adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
+    actual = jax.jit(lambda x: jax.grad(loss)(x, 0.4, adjoint))(0.7)
+    expected = jax.jacfwd(loss)(0.7, jnp.array(0.4), diffrax.ForwardMode())
     assert abs(actual - expected) < 1e-12

@@ -204,9 +204,10 @@ def test_solver_of_the_other_kind():
 
     def solve(terms, solver, adjoint=None):
         adjoint = adjoint or StochasticAdjoint()
-        return diffrax.diffeqsolve(
-            terms, solver, 0.0, 1.0, 0.1, jnp.array(1.0), adjoint=adjoint
+        solve = lambda y0: diffrax.diffeqsolve(
+            terms, solver, 0.0, 1.0, 0.1, y0, adjoint=adjoint
         )
+        return jax.eval_shape(solve, jnp.array(1.0))
 
     stratonovich, ito = ito_to_stratonovich(terms), stratonovich_to_ito(terms)
     of_ito_solver = "from `ito_to_stratonovich`, and are for a solver that converges to"

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 import pytest
 from helpers import (
+    SmoothPath,
     by_default_unless,
     make_system,
     make_terms,
@@ -54,11 +55,15 @@ def is_slow(noise, name):
     return solvers[name].slow or noise != solvers[name].noise
 
 
-def make_problem(noise, dtype, levy_area=diffrax.BrownianIncrement):
+def make_problem(noise, dtype, levy_area=None):
     drift, diffusion, y0, args = make_system(noise, dtype)
     t0, t1, dt = (jnp.array(x, dtype) for x in (0, 1, 1 / 16))
     shape = struct(noise_shapes[noise], dtype)
-    path = BrownianInterval(t0, t1, shape, jr.key(0), dt=dt, levy_area=levy_area)
+    path = (
+        SmoothPath(shape, jr.key(0))
+        if levy_area is None
+        else BrownianInterval(t0, t1, shape, jr.key(0), dt=dt, levy_area=levy_area)
+    )
 
     def solve(terms, solver, y0, args, **kwargs):
         sol = diffrax.diffeqsolve(
@@ -90,9 +95,7 @@ def test_equals_jvp(noise, name, dtype):
         pytest.skip("diffrax's `ItoMilstein` mixes float32 and float64")
     needs_levy_area = name in ("SPaRK", "ShARK")
     levy_area = diffrax.SpaceTimeLevyArea if needs_levy_area else None
-    solve, terms, (y0, dot_y0), (args, dot_args) = make_problem(
-        noise, dtype, levy_area or diffrax.BrownianIncrement
-    )
+    solve, terms, (y0, dot_y0), (args, dot_args) = make_problem(noise, dtype, levy_area)
     solver = solvers[name].solver
 
     @jax.jit

@@ -7,7 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import pytest
-from helpers import make_system, noise_shapes, relative_error, struct
+from helpers import SmoothPath, make_system, noise_shapes, relative_error, struct
 
 from diffrax_sde_adjoint import (
     BackwardSDEAdjoint,
@@ -118,7 +118,11 @@ def test_equal_to_plain_terms(name, cls, noise):
 
 
 @pytest.mark.parametrize("cls", (TwiceTheProduct, TwiceTheVectorField))
-@pytest.mark.parametrize("solver", (diffrax.Heun(), diffrax.Euler()), ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    (diffrax.Heun(), pytest.param(diffrax.Euler(), marks=pytest.mark.slow)),
+    ids=str,
+)
 def test_backward_sde(solver, cls):
     def gradient(cls, ode_cls):
         drift, diffusion, y0, args = make_system("general")
@@ -127,7 +131,7 @@ def test_backward_sde(solver, cls):
             drift = lambda t, y, args, inner=drift: twice(inner(t, y, args))
 
         def loss(y0, args):
-            path = BrownianInterval(0.0, 1.0, (3,), jr.key(0), dt=0.02)
+            path = SmoothPath(struct((3,), jnp.float64), jr.key(0))
             terms = diffrax.MultiTerm(ode_cls(drift), cls(diffusion, path))
             adjoint = BackwardSDEAdjoint()
             sol = diffrax.diffeqsolve(
@@ -192,7 +196,12 @@ def test_terms_around_a_noise():
 
 
 @pytest.mark.parametrize(
-    "solver", (diffrax.ItoMilstein(), diffrax.ReversibleHeun()), ids=str
+    "solver",
+    (
+        diffrax.ItoMilstein(),
+        pytest.param(diffrax.ReversibleHeun(), marks=pytest.mark.slow),
+    ),
+    ids=str,
 )
 def test_solvers_that_take_vector_fields_apart(solver):
     """Of `path_kl`, where the product is a user's own: the one differentiates vector
