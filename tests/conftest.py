@@ -17,9 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         "--xla_disable_hlo_passes=hlo-verifier",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # The older way to compile fused loops is faster, and so is one program in one
-        # part. XLA ends the process if it does not know a flag, and later versions do
-        # not know the first.
+        # Fused loops are faster to compile in the older way, and programs in one part.
+        # XLA ends the process if it does not know a flag; other versions may not.
         _flags.append("--xla_cpu_use_fusion_emitters=false")
         _flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])

@@ -41,7 +41,7 @@ def value_and_grad_in_forward_mode(
     forward mode for each entry of the arrays in `x`.
 
     The reference for gradients. Of a solve by `diffrax.ForwardMode()`, it takes a third
-    of the time to compile that it takes with an adjoint of diffrax in reverse mode.
+    of the time to compile that an adjoint of diffrax takes in reverse mode.
     """
     diff, static = eqx.partition(x, eqx.is_inexact_array)
     is_complex = lambda x: jnp.iscomplexobj(x)
@@ -66,7 +66,9 @@ def reference_value_and_grad(
     solver: diffrax.AbstractSolver,
 ) -> tuple[tuple[Array, PyTree], PyTree]:
     """Of `fn(x, adjoint)`, by an adjoint of diffrax that differentiates the steps of
-    the solver: `ForwardMode`, unless this does not have it.
+    the solver: `ForwardMode`, or `DirectAdjoint` for `HalfSolver`, which that does not
+    take. (Not `RecursiveCheckpointAdjoint`: in a batch, equinox 0.13.8 doubles its
+    gradients where an output does not depend on the element.)
     """
     if isinstance(solver, diffrax.HalfSolver):
         gradient = eqx.filter_jit(eqx.filter_value_and_grad(fn, has_aux=True))
@@ -99,7 +101,7 @@ class SmoothPath(diffrax.AbstractBrownianPath):
         ]
         self.phases = jtu.tree_unflatten(treedef, phases)
 
-    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+    def evaluate(self, t0, t1=None, left=True, use_levy=False) -> Any:
         if t1 is None:
             t0, t1 = 0.0, t0
 

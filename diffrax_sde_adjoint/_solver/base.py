@@ -148,21 +148,18 @@ def check_sense(
 ) -> None:
     """An error if terms were converted for a solver of the other kind."""
     is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
-    name = type(solver).__name__
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
     is_stratonovich = has_layer(solver, diffrax.AbstractStratonovichSolver)
     for drift in filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted)):
-        if drift.sense == "ito" and is_stratonovich and not is_ito:
-            raise ValueError(
-                "These terms come from `stratonovich_to_ito`, and are for a solver "
-                f"that converges to the Itô solution, but `{name}` converges to the "
-                "Stratonovich solution. Pass the terms as they were before, or use an "
-                "Itô solver, such as `diffrax.Euler()`."
-            )
-        if drift.sense == "stratonovich" and is_ito and not is_stratonovich:
-            raise ValueError(
-                "These terms come from `ito_to_stratonovich`, and are for a solver "
-                f"that converges to the Stratonovich solution, but `{name}` converges "
-                "to the Itô solution. Pass the terms as they were before, or use a "
-                "Stratonovich solver, such as `diffrax.Heun()`."
-            )
+        if is_ito == is_stratonovich or is_ito == (drift.sense == "ito"):
+            continue
+        origin, kind, other, instead = {
+            "ito": ("stratonovich_to_ito", "Itô", "Stratonovich", "Euler"),
+            "stratonovich": ("ito_to_stratonovich", "Stratonovich", "Itô", "Heun"),
+        }[drift.sense]
+        raise ValueError(
+            f"These terms come from `{origin}`, and are for a solver that converges to "
+            f"the {kind} solution, but `{type(solver).__name__}` converges to the "
+            f"{other} one. Pass the terms as they were before, or a solver such as "
+            f"`diffrax.{instead}()`."
+        )

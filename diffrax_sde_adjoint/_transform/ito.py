@@ -145,8 +145,8 @@ def ito_to_stratonovich(
     **Raises:**
 
     `ValueError` if no term is driven by a Brownian path, if two are by the same, or one
-    by a path that is not its control; if `terms` is not a term, or has those of
-    underdamped Langevin dynamics; and, when the drift is evaluated, if
+    by a path that is not its control; if `terms` is not a term, has been converted, or
+    has those of underdamped Langevin dynamics; and, when the drift is evaluated, if
     `elementwise` is set and the noise is not of the shape of the state.
 
     **Cost:**
@@ -194,6 +194,10 @@ def _convert(
             "`diffrax.MultiTerm(diffrax.ODETerm(...), diffrax.ControlTerm(...))`, but "
             f"is of type `{type(terms).__name__}`."
         )
+    is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
+    drifts = filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted))
+    if any(x.sense == sense for x in drifts):
+        raise ValueError(f"`{name}(terms)`: they come from it already. Convert once.")
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     noises = independent_noises(leaves, f"{name}(terms)", "there is nothing to convert")
     langevin = (
@@ -206,8 +210,7 @@ def _convert(
             "Their noise is additive, so that the Itô and the Stratonovich solution "
             "are the same: use them as they are."
         )
-    # The drift may be a user's own term too. It is a part of the new one, so that there
-    # is no term more than before, for solvers that take just two.
+    # A drift, of a user too, is part of the new one: some solvers take just two terms.
     first, leaves = with_drift(leaves)
     leaves[first] = diffrax.ODETerm(
         _CorrectedDrift(

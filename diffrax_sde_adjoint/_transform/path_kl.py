@@ -20,7 +20,7 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._compat import VF, Args, RealScalarLike, Y
 from .._misc import add
@@ -97,9 +97,9 @@ class _AugmentedNoise(diffrax.ControlTerm):
     vector_field: _AugmentedDiffusion  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def prod(
-        self, vf: tuple[VF, PyTree[Array] | None, Divergence], control: PyTree[Array]
+        self, vf: tuple[VF, PyTree[ArrayLike] | None, ArrayLike], control: PyTree[Array]
     ) -> tuple[Y, Divergence]:
-        vf, form, divergence = vf
+        vf, form, divergence = *vf[:2], jnp.asarray(vf[2])
         if form is not None:
             products = jtu.tree_map(jnp.multiply, form, control)
             divergence = sum_like(products, divergence)

@@ -104,7 +104,6 @@ def is_slow(noise, saveat, direction):
         noise in ("general operator", "diagonal", "additive", "scalar")
         or saveat in ("t0, ts, t1", "t0, few ts")
         or direction != ("forward" if saveat == "ts" else "backward")
-        or saveat == "t1"
     )
 
 
@@ -977,11 +976,12 @@ def test_times_with_outputs_that_are_not_numbers():
         )
         return jnp.sum(jnp.where(jnp.isfinite(sol.ts), sol.ys**2, 0))
 
-    grads = [
+    ours, expected = (
         jax.grad(loss, argnums=1)(adjoint, 1.0)
         for adjoint in (StochasticAdjoint(), diffrax.RecursiveCheckpointAdjoint())
-    ]
-    np.testing.assert_allclose(*grads, rtol=1e-10)
+    )
+    assert expected != 0
+    assert relative_error(ours, expected) < 1e-10
 
 
 def test_class_for_an_instance(monkeypatch):

@@ -203,7 +203,7 @@ def test_numerics_of_its_own():
     gradient = eqx.filter_jit(
         lambda adjoint: eqx.filter_grad(loss)(params, jr.key(4), adjoint)
     )
-    flat = lambda gradient: jfu.ravel_pytree(gradient)[0]
+    flat = lambda grads: jfu.ravel_pytree(grads)[0]
     expected = flat(
         grad_in_forward_mode(
             lambda params: loss(params, jr.key(4), diffrax.ForwardMode()), params

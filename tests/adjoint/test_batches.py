@@ -26,7 +26,7 @@ def solve(adjoint, solver, record, shared, own, key):
     """Adaptive, so that the elements of a batch make different numbers of steps; or
     with those of a record, see `recorded_steps.py`.
     """
-    path = SmoothPath(struct((2,), jnp.float64), key)
+    path = BrownianInterval(0.0, 1.0, struct((2,), jnp.float64), key, dt=0.1)
     args = {"weight": shared, "own": own}
     terms = make_terms(
         lambda t, y, args: jnp.sin(args["weight"] @ y) + args["own"],

@@ -81,7 +81,7 @@ bad = {
         200,
     ),
     "drift with several zeros": (waves, 0.3, square, 3.0, 300),
-    "double well": (wells, 1.0, square, 3.5, 350),
+    "double well": (wells, 1.0, square, 3.0, 300),
     "Heston": (heston, 0.3, call, 1.0, 100),
     "Heston, very volatile": (heston, 0.5, call, 1.0, 100),
 }
@@ -177,17 +177,11 @@ def raises():
 
 
 slow = (
-    "OU",
     "OU, rate times length 16",
     "OU, rate times length 15, shorter",
     "drift with several zeros",
     "double well",
     "Heston, very volatile",
-    "Heston, less volatile",
-    "geometric Brownian motion",
-    "oscillator",
-    "networks",
-    "a solution that does not move",
 )
 
 
@@ -222,11 +216,28 @@ def test_wrong_gradient():
     assert right < 0 < wrong
 
 
-@pytest.mark.parametrize("name", by_default_unless(slow, good))
+@pytest.mark.parametrize(
+    "name",
+    by_default_unless(
+        (
+            "OU",
+            "double well",
+            "drift with several zeros",
+            "Heston, less volatile",
+            "oscillator",
+            "networks",
+            "a solution that does not move",
+        ),
+        good,
+    ),
+)
 def test_stable(name):
     """As accurate as Heun's method."""
-    ours = gradient(good[name], ReversibleHeun(), StochasticAdjoint())
-    expected = gradient(good[name], diffrax.Heun(), StochasticAdjoint())
+    # The derivative of fewer paths of Heston happens to be near zero.
+    num = 4000 if name.startswith("Heston") else 1000
+    adjoint = StochasticAdjoint()
+    ours = gradient(good[name], ReversibleHeun(), adjoint, num_paths=num)
+    expected = gradient(good[name], diffrax.Heun(), adjoint, num_paths=num)
     np.testing.assert_allclose(ours, expected, rtol=0.1)
 
 

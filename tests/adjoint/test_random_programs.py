@@ -206,9 +206,10 @@ def test_draws_differ():
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
-# By default a few, which are quick to compile and differ in much.
+# By default a few, which are quick to compile and differ in much: ours without noise,
+# with `StepTo` and snapshots, and with jumps, in float32, over two axes of a batch.
 @pytest.mark.parametrize(
-    "seed", by_default_unless(lambda seed: seed not in (31, 32), range(200))
+    "seed", by_default_unless(lambda seed: seed not in (31, 32), range(100))
 )
 def test_random_program(seed):
     program = draw(seed)

@@ -327,7 +327,7 @@ def test_half_precision_over_many_cells():
     def run(key):
         path = make_path(
             key,
-            struct((10_000,), jnp.bfloat16),
+            struct((20_000,), jnp.bfloat16),
             dt=2e-3,
             levy_area=diffrax.SpaceTimeTimeLevyArea,
         )
@@ -368,6 +368,7 @@ def test_pytree_shapes(shape, levy_area):
         return path.evaluate(start, end, use_levy=use_levy)
 
     with_areas = jax.jit(lambda start, end: evaluate(start, end, True))
+    without_areas = jax.jit(lambda start, end: evaluate(start, end, False))
     # A cell, nothing, and parts of three cells.
     for query in ((0.5, 1.0), (1.0, 1.0), (0.7, 1.6)):
         increment = with_areas(*query)
@@ -377,7 +378,9 @@ def test_pytree_shapes(shape, levy_area):
         assert jtu.tree_structure(increment.dt) == jtu.tree_structure(expected)
         for dt in jtu.tree_leaves(increment.dt):
             np.testing.assert_allclose(dt, query[1] - query[0], rtol=1e-3)
-        assert jax.eval_shape(lambda query=query: evaluate(*query, False)) == expected
+        plain = without_areas(*query)
+        assert jax.eval_shape(lambda plain=plain: plain) == expected
+        assert eqx.tree_equal(plain, increment.W)
 
 
 bad_arguments = {

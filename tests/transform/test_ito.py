@@ -173,6 +173,8 @@ def test_errors():
         terms = make_terms(drift, diffusion, make_path((3,)))
         with pytest.raises(ValueError, match="must be a term"):
             convert(tuple(terms.terms))
+        with pytest.raises(ValueError, match=r"\(terms\)`: they come from it already"):
+            convert(convert(terms))
         path = make_path(())
         noise = diffrax.ControlTerm(lambda t, y, args: y, path)
         with pytest.raises(ValueError, match="the same Brownian path"):
@@ -204,10 +206,10 @@ def test_solver_of_the_other_kind():
 
     def solve(terms, solver, adjoint=None):
         adjoint = adjoint or StochasticAdjoint()
-        solve = lambda y0: diffrax.diffeqsolve(
+        of_y0 = lambda y0: diffrax.diffeqsolve(
             terms, solver, 0.0, 1.0, 0.1, y0, adjoint=adjoint
         )
-        return jax.eval_shape(solve, jnp.array(1.0))
+        return jax.eval_shape(of_y0, jnp.array(1.0))
 
     stratonovich, ito = ito_to_stratonovich(terms), stratonovich_to_ito(terms)
     of_ito_solver = "from `ito_to_stratonovich`, and are for a solver that converges to"

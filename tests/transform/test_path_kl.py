@@ -113,8 +113,8 @@ problems = {
 slow = (
     "Brownian motion with drift",
     "Ornstein-Uhlenbeck",
-    "geometric Brownian motion",
     "scalar noise",
+    "general noise",
 )
 
 
@@ -128,7 +128,7 @@ def test_closed_form(name):
         name
     ]
     num_paths = 40_000 if name == "Ornstein-Uhlenbeck" else 4
-    num_steps = 16
+    num_steps = 32
     params = jtu.tree_map(jnp.asarray, params)
 
     def one(params, key):
