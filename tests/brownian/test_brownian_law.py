@@ -259,11 +259,11 @@ slow_tiny = (
     dict(t0=0.0, t1=20.0),
     dict(t0=0.1, t1=20.0),
     dict(t0=0.0, t1=20.0, dt=0.1, levels=16),
+    dict(t0=0.0, t1=20.0, dt=0.3, levels=16),
     dict(t0=0.0, t1=20.0, ts=[0.0, 9.9, 10.2, 20.0], levels=16),
 )
 tiny = (
     *slow_tiny,
-    dict(t0=0.0, t1=20.0, dt=0.3, levels=16),
     dict(t0=10.0, t1=10 + 2**-10, dt=2**-10 / 100),
 )
 

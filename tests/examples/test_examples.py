@@ -205,6 +205,7 @@ def test_dlgm_diffusion_limit(example, tmp_path, measured):
     assert (tmp_path / "dlgm_diffusion_limit.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_sde_gan(example, tmp_path):
     scores = example("sde_gan").main(
         data="ou",
@@ -389,6 +390,7 @@ def test_penalty_gradient(example, monkeypatch, solver, reference):
     assert jnp.max(jnp.abs(found.field.layers[0].weight)) > 1e-3
 
 
+@pytest.mark.slow
 def test_series_metrics(example):
     metrics = example("series_metrics")
     rng = np.random.default_rng(0)

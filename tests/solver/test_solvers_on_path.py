@@ -116,12 +116,12 @@ class Case(NamedTuple):
 
 half_euler = diffrax.HalfSolver(diffrax.Euler())
 half_euler_heun = diffrax.HalfSolver(diffrax.EulerHeun())
-# By default one for each kind of increment, and of solver: Euler-like, Runge-Kutta,
-# stochastic Runge-Kutta, reversible, and for Langevin dynamics.
+# By default one for each kind of increment, and of solver: Runge-Kutta, stochastic
+# Runge-Kutta, reversible, and for Langevin dynamics.
 cases = {
     "Euler": Case(diffrax.Euler(), "diagonal Itô", 0.5, 0.5, slow=True),
     "HalfSolver(Euler)": Case(half_euler, "diagonal Itô", 0.5, 0.5, slow=True),
-    "ItoMilstein": Case(diffrax.ItoMilstein(), "diagonal Itô", 1, 1),
+    "ItoMilstein": Case(diffrax.ItoMilstein(), "diagonal Itô", 1, 1, slow=True),
     # Order 0.5 in general, but 1 as the noise commutes.
     "EulerHeun": Case(diffrax.EulerHeun(), "diagonal", 0.5, 1, slow=True),
     "HalfSolver(EulerHeun)": Case(half_euler_heun, "diagonal", 0.5, 1, slow=True),

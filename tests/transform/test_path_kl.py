@@ -339,9 +339,8 @@ def test_batch_and_pytree():
     assert relative_error(of_all, jnp.sum(expected)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "kind", ("diagonal", pytest.param("matrix", marks=pytest.mark.slow))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("diagonal", "matrix"))
 def test_singular_diffusion(kind):
     """Where the diffusion is zero: no divergence if drifts are equal there, and an
     error or NaN otherwise.

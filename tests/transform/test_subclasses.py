@@ -7,7 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import pytest
-from helpers import SmoothPath, make_system, noise_shapes, relative_error, struct
+from helpers import make_system, noise_shapes, relative_error, struct
 
 from diffrax_sde_adjoint import (
     BackwardSDEAdjoint,
@@ -131,7 +131,7 @@ def test_backward_sde(solver, cls):
             drift = lambda t, y, args, inner=drift: twice(inner(t, y, args))
 
         def loss(y0, args):
-            path = SmoothPath(struct((3,), jnp.float64), jr.key(0))
+            path = BrownianInterval(0.0, 1.0, (3,), jr.key(0), dt=0.02)
             terms = diffrax.MultiTerm(ode_cls(drift), cls(diffusion, path))
             adjoint = BackwardSDEAdjoint()
             sol = diffrax.diffeqsolve(
