@@ -134,11 +134,11 @@ class SavedOutputs(eqx.Module):
             return is_in_step & step.is_made if axes else is_in_step
 
         def is_any_left(carry):
-            position, *_ = carry
-            return any_of(is_in_step(position), axes)
+            return any_of(is_in_step(carry[0]), axes)
 
-        def evaluate(parameters, dense_info, step, index):
-            t = parameters.save_ts[i][index]
+        def evaluate(parameters, dense_info, step, index, is_saved):
+            # Far from the step, interpolation and function may overflow.
+            t = where_active(is_saved, parameters.save_ts[i][index], step.t1, axes)
             interpolation = self.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
             return _evaluate(parameters, interpolation.evaluate(t), t, i), t
 
@@ -149,7 +149,7 @@ class SavedOutputs(eqx.Module):
             grad = (self._grad_output(i, num_left), self.grad_ts[i][num_left])
             is_saved = is_in_step(position)
             _, pull_back = parameters.vjp(
-                evaluate, dense_info, step, new_position.ts_index
+                evaluate, dense_info, step, new_position.ts_index, is_saved
             )
             more = pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
             position = where_active(is_saved, new_position, position, axes)

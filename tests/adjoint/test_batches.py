@@ -229,6 +229,37 @@ def test_element_without_steps(solver):
     assert_equal_gradients_where_defined(solver, y0, [0.0, 1.0], 1.3, saveat)
 
 
+def test_outputs_of_other_elements():
+    """While these have some within a step, a function of the solution is not evaluated
+    where it was not, and could overflow.
+    """
+
+    def loss(rate, adjoint):
+        def one(dt):
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(
+                    lambda t, y, rate: -rate * jnp.where(t > 0.985, 100, 0)
+                ),
+                diffrax.Euler(),
+                0.0,
+                1.0,
+                dt,
+                jnp.array(0.0),
+                rate,
+                saveat=diffrax.SaveAt(ts=[0.2, 1.0], fn=lambda t, y, args: jnp.exp(y)),
+                adjoint=adjoint,
+                max_steps=100,
+            ).ys
+
+        return jnp.sum(jax.vmap(one)(jnp.array([1.0, 0.01])))
+
+    rate = jnp.array(10.0)
+    ours = jax.jit(lambda rate: jax.grad(loss)(rate, StochasticAdjoint()))(rate)
+    theirs = jax.jit(lambda rate: jax.jacfwd(loss)(rate, diffrax.ForwardMode()))(rate)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    np.testing.assert_allclose(theirs, -np.exp(-10), rtol=1e-10)
+
+
 def test_conditional():
     """JAX keeps what is inside of it, for its derivative, without weak types."""
     path = SmoothPath(struct((), jnp.float64), jr.key(0))
