@@ -196,8 +196,10 @@ def is_slow(name, checkpoint_every):
 def test_unstable(name, checkpoint_every):
     """Also where states that are kept make the way back exact."""
     adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
+    # Of more paths in a double well, one overflows, and the loss with it.
+    num = 200 if name == "double well" else 1000
     with raises():
-        gradient(bad[name], ReversibleHeun(), adjoint)
+        gradient(bad[name], ReversibleHeun(), adjoint, num_paths=num)
 
 
 @pytest.mark.slow
