@@ -44,7 +44,7 @@ def value_and_grad_in_forward_mode(
     of the time to compile that an adjoint of diffrax takes in reverse mode.
     """
     diff, static = eqx.partition(x, eqx.is_inexact_array)
-    is_complex = lambda x: jnp.iscomplexobj(x)
+    is_complex = jnp.iscomplexobj
     as_real = lambda x: jnp.stack([x.real, x.imag]) if is_complex(x) else x
     flat, unravel = jfu.ravel_pytree(jtu.tree_map(as_real, diff))
 

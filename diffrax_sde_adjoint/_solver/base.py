@@ -6,11 +6,10 @@ from typing import ClassVar, TypeGuard, TypeVar, cast
 
 import diffrax
 import equinox as eqx
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._compat import VF, Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from .._term.noise import AbstractConvertedDrift
+from .._term.noise import converted_drifts
 
 
 _SolverState = TypeVar("_SolverState")
@@ -147,10 +146,9 @@ def check_sense(
     terms: PyTree[diffrax.AbstractTerm], solver: diffrax.AbstractSolver
 ) -> None:
     """An error if terms were converted for a solver of the other kind."""
-    is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
     is_stratonovich = has_layer(solver, diffrax.AbstractStratonovichSolver)
-    for drift in filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted)):
+    for drift in converted_drifts(terms):
         if is_ito == is_stratonovich or is_ito == (drift.sense == "ito"):
             continue
         origin, kind, other, instead = {
@@ -160,6 +158,5 @@ def check_sense(
         raise ValueError(
             f"These terms come from `{origin}`, and are for a solver that converges to "
             f"the {kind} solution, but `{type(solver).__name__}` converges to the "
-            f"{other} one. Pass the terms as they were before, or a solver such as "
-            f"`diffrax.{instead}()`."
+            f"{other} one. Pass terms as they were before, or `diffrax.{instead}()`."
         )

@@ -26,6 +26,12 @@ class AbstractConvertedDrift(eqx.Module):
     sense: eqx.AbstractVar[Sense]
 
 
+def converted_drifts(terms: PyTree[Any]) -> list[AbstractConvertedDrift]:
+    """Of each converted term the drift that its last conversion made."""
+    is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
+    return list(filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted)))
+
+
 def is_noise(term: diffrax.AbstractTerm) -> bool:
     """Whether a Brownian path drives the term. An error if it is not known how."""
     inner = unwrap(term)

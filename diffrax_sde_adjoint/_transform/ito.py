@@ -16,6 +16,7 @@ from .._term.base import is_single_term
 from .._term.noise import (
     AbstractConvertedDrift,
     Sense,
+    converted_drifts,
     independent_noises,
     with_drift,
     without_path,
@@ -190,13 +191,10 @@ def _convert(
 ) -> diffrax.MultiTerm:
     if not isinstance(terms, diffrax.AbstractTerm):
         raise ValueError(
-            f"`{name}(terms)` must be a term, such as "
-            "`diffrax.MultiTerm(diffrax.ODETerm(...), diffrax.ControlTerm(...))`, but "
-            f"is of type `{type(terms).__name__}`."
+            f"`{name}(terms)` must be a term, such as `diffrax.MultiTerm(...)`, but is "
+            f"of type `{type(terms).__name__}`."
         )
-    is_converted = lambda x: isinstance(x, AbstractConvertedDrift)
-    drifts = filter(is_converted, jtu.tree_leaves(terms, is_leaf=is_converted))
-    if any(x.sense == sense for x in drifts):
+    if any(x.sense == sense for x in converted_drifts(terms)):
         raise ValueError(f"`{name}(terms)`: they come from it already. Convert once.")
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
     noises = independent_noises(leaves, f"{name}(terms)", "there is nothing to convert")
@@ -207,8 +205,7 @@ def _convert(
     if any(isinstance(x, langevin) for x in leaves):
         raise ValueError(
             f"`{name}(terms)` does not support terms of underdamped Langevin dynamics. "
-            "Their noise is additive, so that the Itô and the Stratonovich solution "
-            "are the same: use them as they are."
+            "Their noise is additive, so that both solutions are the same: use them."
         )
     # A drift, of a user too, is part of the new one: some solvers take just two terms.
     first, leaves = with_drift(leaves)
