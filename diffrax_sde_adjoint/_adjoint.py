@@ -1,5 +1,6 @@
 """`StochasticAdjoint`: what it is, and which way back it takes."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,13 @@ import equinox as eqx
 
 from ._compat import State
 from ._forward.saved import get_subs
-from ._forward.solve import Derivative, check_checkpoint_every, prepare, solve
+from ._forward.solve import (
+    Derivative,
+    Recording,
+    check_checkpoint_every,
+    prepare,
+    solve,
+)
 from ._solver import is_reversible
 from ._sweep import SweepRule
 
@@ -29,6 +36,21 @@ _no_second_derivative = (
 # one more time than steps, and so 512 bytes in float64: see
 # `docs/how_it_works/small_loops.md`.
 _steps_per_page = 63
+
+
+def _pages_of_replayed_steps(
+    max_steps: int, size_of_state: int, size_of_step: int
+) -> int:
+    """For the least memory: of the states at the starts of pages, and of what is kept
+    of the steps of one.
+    """
+    best = math.sqrt(max_steps * size_of_state / max(size_of_step, 1))
+    return min(max(round(best), 1), max_steps)
+
+
+def _pages_of_kept_steps(size_of_state: int, size_of_step: int) -> int:
+    """One step each, so that what is kept is written once, if it is not small."""
+    return _steps_per_page if size_of_step <= 64 else 1
 
 
 class StochasticAdjoint(diffrax.AbstractAdjoint):
@@ -96,6 +118,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     """
 
     checkpoint_every: int | None = eqx.field(static=True, default=None)
+    store_all: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         check_checkpoint_every("StochasticAdjoint", self.checkpoint_every)
@@ -103,16 +126,23 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     def loop(
         self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
     ) -> tuple[State, Any]:
-        del passed_solver_state, passed_controller_state
-        kwargs = prepare(self, "StochasticAdjoint", **kwargs)
+        del passed_controller_state
+        kwargs = prepare(self, "StochasticAdjoint", passed_solver_state, **kwargs)
         assert self is not None
         solver, max_steps = kwargs["solver"], kwargs["max_steps"]
-        is_undone = is_reversible(solver)
+        is_undone = is_reversible(solver) and not self.store_all
         steps_per_page = self.checkpoint_every
-        if steps_per_page is None and is_undone:
+        if self.store_all:
+            steps_per_page = _pages_of_kept_steps
+        elif steps_per_page is None and is_undone:
             steps_per_page = _steps_per_page
-        elif steps_per_page is None and max_steps is not None:
-            steps_per_page = max(1, math.ceil(math.sqrt(max_steps)))
+        elif steps_per_page is None:
+            steps_per_page = functools.partial(_pages_of_replayed_steps, max_steps)
+        recording = Recording(
+            steps_per_page,
+            takes_snapshots=not is_undone or self.checkpoint_every is not None,
+            keeps_steps=self.store_all,
+        )
         meter = kwargs["progress_meter"]
         derivative = Derivative(
             rule=SweepRule(
@@ -121,8 +151,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 has_progress_meter=type(meter) is not diffrax.NoProgressMeter,
                 throw=throw,
             ),
-            steps_per_page=steps_per_page,
-            takes_snapshots=not is_undone or self.checkpoint_every is not None,
+            recording=recording,
             no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )

@@ -7,9 +7,10 @@ Elsewhere there are only the fields of the classes that are named here, as they 
 terms, besides times, by which `diffeqsolve` asks for Lévy areas.
 """
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import diffrax
@@ -128,6 +129,22 @@ def make_primitive(
     else:
         ad.primitive_jvps[primitive] = jvp
     return primitive
+
+
+def bind(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What an equation of a jaxpr computes from its inputs."""
+    # As `jax.core.eval_jaxpr` does, which is not documented either. Before JAX 0.10,
+    # functions among the parameters were arguments.
+    primitive = equation.primitive
+    params = primitive.get_bind_params(equation.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    out = primitive.bind(*functions, *inputs, **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def in_context_of(equation: Any) -> contextlib.AbstractContextManager:
+    """The settings of JAX with which an equation of a jaxpr was made."""
+    return equation.ctx.manager
 
 
 def symbolic_zero(x: ArrayLike) -> ad.Zero:

@@ -109,6 +109,13 @@ def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
+def num_bytes(tree: PyTree[Any]) -> int:
+    """Of all arrays, which may be structs."""
+    is_array = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+    arrays = jtu.tree_leaves(eqx.filter(tree, is_array))
+    return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
 def add(*trees: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x, *others: sum(others, start=x), *trees)
 

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float, PyTree
 
+from diffrax_sde_adjoint._autodiff.linearized import Inputs, Linearized
+
 
 def relative_error(x: PyTree, y: PyTree) -> float:
     """The largest difference of two PyTrees, relative to the largest entry of each
@@ -207,3 +209,26 @@ def keys(num: int, seed: int = 0) -> Array:
 
 def struct(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def summed_vjp(
+    fn: Callable[[Any, Any, Any], Any],
+    axes: tuple[Any, ...],
+    shared: Any,
+    own: Any,
+    fixed: Any,
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """`fn(shared, own, fixed)`, and what pulls back the cotangents of its inexact
+    arrays, with those of `shared` summed over `axes`.
+    """
+    diff, constant = eqx.partition(shared, eqx.is_inexact_array)
+    of_inputs = lambda x: fn(eqx.combine(x.shared, x.constant), x.own, x.varying)
+    inputs = Inputs(diff, constant, own, fixed)
+    linearized = Linearized(of_inputs, inputs, has_aux=False)
+    out, kept = linearized(inputs)
+
+    def pull_back(cotangents):
+        zeros = jtu.tree_map(jnp.zeros_like, diff)
+        return linearized.pull_back(axes, diff, constant, kept, cotangents, zeros)
+
+    return out, pull_back

@@ -3,15 +3,14 @@
 `grad(vmap(solve))` wants the gradient of parameters that all elements of a batch share.
 JAX would evaluate the backward rule of each element by itself, and so find the gradient
 of the parameters for each element, at each step, before it adds them up. That takes far
-more time and memory than a solve written for the whole batch. `vjp` differentiates the
-batched function instead, whose vector-Jacobian product has the sum inside.
+more time and memory than a solve written for the whole batch. `pull_back` transposes
+the batched function instead, whose vector-Jacobian product has the sum inside.
 """
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._compat import BoolScalarLike
+from .in_place import transpose_into
 
 
 _T = TypeVar("_T")
@@ -47,43 +47,39 @@ def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
     return jtu.tree_map(lambda a, b: jnp.where(is_active, a, b), x, y)
 
 
-def vjp(
-    fn: Callable[[Any, Any, Any], _T], axes: Axes, shared: Any, own: Any, fixed: Any
-) -> tuple[_T, Callable[[Any], tuple[Any, Any]]]:
-    """`fn(shared, own, fixed)`, and what pulls back the cotangents of its inexact
-    arrays to those of `shared` and of `own`. The cotangents of `shared` are sums over
-    all `axes` over which an array is not batched.
+def pull_back(
+    fn: Callable[..., list[Array]],
+    axes: Axes,
+    shared: list[Array],
+    own: list[Array],
+    residuals: list[Array],
+    cotangents: list[Array],
+    sums: list[Array],
+    *,
+    is_linear: bool,
+) -> tuple[list[Array], list[Array]]:
+    """`sums`, with the cotangents of `shared` added, and those of `own`: from those of
+    `fn(shared, own, residuals)`. The former are sums over all `axes` over which an
+    array is not batched. If `fn` is linear in `shared` and `own`, of these only shapes
+    matter.
 
-    `fn` must not refer to traced arrays by closure, and over each of the axes something
-    must be batched, such as the cotangents.
+    Over each of the axes something must be batched, such as the cotangents.
     """
-    if len(axes) == 0:
-        return eqx.filter_vjp(lambda x, y: fn(x, y, fixed), shared, own)
-    diff, nondiff = eqx.partition((shared, own), eqx.is_inexact_array)
-    dynamic, static = eqx.partition((nondiff, fixed), eqx.is_array)
-
-    def array_fn(diff_shared, diff_own, dynamic):
-        nondiff, fixed = eqx.combine(dynamic, static)
-        shared, own = eqx.combine((diff_shared, diff_own), nondiff)
-        return eqx.filter(fn(shared, own, fixed), eqx.is_inexact_array)
-
-    def pull_back(cotangents):
-        # This evaluates `fn` again; XLA finds that it had been.
-        diff_shared, diff_own = diff
-        product = _summed_vjp(array_fn, len(axes))
-        return product(diff_shared, diff_own, dynamic, cotangents)
-
-    return fn(shared, own, fixed), pull_back
+    product = _summed_vjp(fn, is_linear, len(axes))
+    return product(shared, own, residuals, cotangents, sums)
 
 
-def _summed_vjp(fn, num_axes):
+def _summed_vjp(fn, is_linear, num_axes):
     """The vector-Jacobian product of a function of arrays, inside of `num_axes` times
     `vmap`.
     """
 
-    def product(shared, own, fixed, cotangents):
-        _, pull_back = jax.vjp(lambda *x: fn(*x, fixed), shared, own)
-        return pull_back(cotangents)
+    def product(shared, own, residuals, cotangents, sums):
+        if is_linear:
+            return transpose_into(fn, shared, own, residuals, cotangents, sums)
+        _, pull_back = jax.vjp(lambda *x: fn(*x, residuals), shared, own)
+        grads, grad_own = pull_back(cotangents)
+        return jtu.tree_map(jnp.add, sums, grads), grad_own
 
     if num_axes == 0:
         # JAX keeps what it has traced.
@@ -93,23 +89,26 @@ def _summed_vjp(fn, num_axes):
     # Once for all calls alike. For a loop JAX makes many, as it finds out what in its
     # carry is batched, and more for a loop in a loop.
     @functools.cache
-    def batched_product(axis_size, treedef, is_batched):
-        shared, _, fixed, _ = jtu.tree_unflatten(treedef, is_batched)
-        to_axes = lambda batched: jtu.tree_map(lambda b: 0 if b else None, batched)
+    def batched_product(axis_size, shared, residuals):
+        to_axes = lambda batched: [0 if b else None for b in batched]
         batched_fn = jax.vmap(
-            fn, in_axes=(to_axes(shared), 0, to_axes(fixed)), axis_size=axis_size
+            fn, in_axes=(to_axes(shared), 0, to_axes(residuals)), axis_size=axis_size
         )
-        return _summed_vjp(batched_fn, num_axes - 1)
+        return _summed_vjp(batched_fn, is_linear, num_axes - 1)
 
     @product.def_vmap
-    def rule(axis_size, in_batched, shared, own, fixed, cotangents):
-        shared_batched, own_batched, _, cotangents_batched = in_batched
+    def rule(axis_size, in_batched, shared, own, residuals, cotangents, sums):
+        shared_batched, own_batched, residuals_batched, *others_batched = in_batched
         spread = lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape))
-        own = jtu.tree_map(spread, own, own_batched)
-        cotangents = jtu.tree_map(spread, cotangents, cotangents_batched)
-        is_batched, treedef = jtu.tree_flatten(in_batched)
-        of_batch = batched_product(axis_size, treedef, tuple(is_batched))
-        grads = of_batch(shared, own, fixed, cotangents)
-        return grads, (shared_batched, jtu.tree_map(lambda _: True, own_batched))
+        own = list(map(spread, own, own_batched))
+        cotangents = list(map(spread, cotangents, others_batched[0]))
+        # An element that has a parameter of its own has a sum of its own.
+        spread_if = lambda is_own, x, b: spread(x, b) if is_own else x
+        sums = list(map(spread_if, shared_batched, sums, others_batched[1]))
+        of_batch = batched_product(
+            axis_size, tuple(shared_batched), tuple(residuals_batched)
+        )
+        out = of_batch(shared, own, residuals, cotangents, sums)
+        return out, (list(shared_batched), [True] * len(own))
 
     return product

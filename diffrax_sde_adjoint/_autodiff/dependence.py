@@ -5,8 +5,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 from jaxtyping import PyTree
+
+from .jaxprs import dependent, variables_of
 
 
 def depends_on(fn: Callable[[Any], Any], x: PyTree[Any]) -> bool:
@@ -17,9 +18,5 @@ def depends_on(fn: Callable[[Any], Any], x: PyTree[Any]) -> bool:
         return eqx.filter(fn(eqx.combine(dynamic, static)), eqx.is_array)
 
     jaxpr = jax.make_jaxpr(arrays)(dynamic).jaxpr
-    dependent = set(jaxpr.invars)
-    is_dependent = lambda x: isinstance(x, jex.core.Var) and x in dependent
-    for equation in jaxpr.eqns:
-        if any(map(is_dependent, equation.invars)):
-            dependent.update(equation.outvars)
-    return any(map(is_dependent, jaxpr.outvars))
+    found = dependent(jaxpr.eqns, jaxpr.invars)
+    return not found.isdisjoint(variables_of(jaxpr.outvars))

@@ -16,6 +16,7 @@ from .._compat import (
 )
 from .._forward.solve import (
     Derivative,
+    Recording,
     check_checkpoint_every,
     prepare,
     solve,
@@ -112,7 +113,7 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
     ) -> tuple[State, Any]:
         del passed_controller_state
-        kwargs = prepare(self, "BackwardSDEAdjoint", **kwargs)
+        kwargs = prepare(self, "BackwardSDEAdjoint", passed_solver_state, **kwargs)
         assert self is not None
         init_state = kwargs["init_state"]
         if self.checkpoint_every is not None and kwargs["max_steps"] is None:
@@ -128,10 +129,14 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         if passed_solver_state:
             solver_state = nondifferentiable(get(init_state), msg=_no_solver_state)
             kwargs["init_state"] = eqx.tree_at(get, init_state, solver_state)
+        recording = None
+        if self.checkpoint_every is not None:
+            recording = Recording(
+                self.checkpoint_every, takes_snapshots=True, keeps_steps=False
+            )
         derivative = Derivative(
             rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),
-            steps_per_page=self.checkpoint_every,
-            takes_snapshots=True,
+            recording=recording,
             no_second_derivative=_no_second_derivative,
             no_forward_mode=_no_forward_mode,
         )

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._autodiff.batched_vjp import vjp
 from .._compat import RealScalarLike, State, Y, integration_loop
 from .._forward.records import Parameters, Start
 from .._forward.return_error import ReturnError, size_of_loss
@@ -255,8 +254,7 @@ class BackwardSDERule(eqx.Module):
         )
         saved = cotangents_of_earlier(recorded.num_saved, final_state, grad_final_state)
         # The cotangents of what the batch shares are sums over it.
-        _, add_up = vjp(lambda shared, *_: shared, parameters.axes, diff, None, None)
-        grad_parameters, _ = add_up(first.grad_diff)
+        grad_parameters = parameters.summed(first.grad_diff)
         grad_solver_state = zeros_like(
             eqx.filter(start.state.solver_state, eqx.is_inexact_array)
         )

@@ -2,13 +2,17 @@
 and what a forward solve leaves for the way back.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
-from jaxtyping import PyTree
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
 
-from .._autodiff.batched_vjp import Axes, vjp
+from .._autodiff.batched_vjp import Axes, pull_back
+from .._autodiff.linearized import Inputs, Linearized
 from .._compat import Args, IntScalarLike
 from .tape import SolveState, Tape
 
@@ -46,27 +50,83 @@ class Differentiated(eqx.Module):
     def all(self) -> Parameters:
         return eqx.combine(self.diff, self.nondiff)
 
-    def only(self, which: Parameters) -> "Differentiated":
-        """These parameters, of which no more than `which` are differentiated. So the
-        cotangents of others, which may be large, are not carried through a loop in
-        which they are zero.
+    def linearized(
+        self,
+        fn: Callable[..., Any],
+        which: Parameters,
+        own: Any,
+        *fixed: Any,
+        has_aux: bool = False,
+    ) -> "LinearizedInParameters":
+        """`fn(parameters, own, *fixed)`, traced: see `Linearized`. No more than `which`
+        parameters are differentiated, so the cotangents of others are not carried
+        through a loop in which they are zero.
         """
-        kept, rest = eqx.partition(self.diff, which)
-        return Differentiated(kept, eqx.combine(self.nondiff, rest), self.axes)
+
+        def of_inputs(inputs: Inputs) -> Any:
+            parameters = eqx.combine(inputs.shared, inputs.constant)
+            return fn(parameters, inputs.own, *inputs.varying)
+
+        inputs = self._inputs(which, own, fixed)
+        return LinearizedInParameters(
+            Linearized(of_inputs, inputs, has_aux), which, self
+        )
+
+    def _inputs(self, which: Parameters, own: Any, fixed: Any) -> Inputs:
+        diff, rest = eqx.partition(self.diff, which)
+        return Inputs(diff, eqx.combine(self.nondiff, rest), own, fixed)
 
     def vjp(
-        self, fn: Callable[..., Any], own: Any, *fixed: Any
-    ) -> tuple[Any, Callable[[Any], tuple[Parameters, Any]]]:
-        """`fn(parameters, own, *fixed)`, and what pulls the cotangents of its inexact
-        arrays back to those of the parameters and of `own`, which each element of a
-        batch has for itself. `fn` must not refer to traced arrays by closure.
+        self, fn: Callable[..., Any], which: Parameters, own: Any, *fixed: Any
+    ) -> tuple[Any, Callable[[Any, Parameters], tuple[Parameters, Any]]]:
+        """`fn(parameters, own, *fixed)`, and what adds to the cotangents of parameters,
+        and returns those of `own`, which each element of a batch has for itself: see
+        `linearized`.
         """
+        linearized = self.linearized(fn, which, own, *fixed)
+        out, kept = linearized(own, *fixed)
+        return out, functools.partial(linearized.pull_back, kept)
 
-        def of_parts(diff, own, fixed):
-            nondiff, fixed = fixed
-            return fn(eqx.combine(diff, nondiff), own, *fixed)
+    def summed(self, grads: Parameters) -> Parameters:
+        """The cotangents of each element of a batch, as sums over `axes`."""
+        leaves, treedef = jtu.tree_flatten(grads)
+        itself = lambda shared, *_: shared
+        zeros = list(map(jnp.zeros_like, leaves))
+        shared = jtu.tree_leaves(self.diff)
+        sums, _ = pull_back(
+            itself, self.axes, shared, [], [], leaves, zeros, is_linear=True
+        )
+        return jtu.tree_unflatten(treedef, sums)
 
-        return vjp(of_parts, self.axes, self.diff, own, (self.nondiff, fixed))
+
+class LinearizedInParameters(NamedTuple):
+    """A function of parameters and more, see `Differentiated.linearized`."""
+
+    linearized: Linearized
+    which: Parameters
+    parameters: Differentiated
+
+    def __call__(self, own: Any, *fixed: Any) -> tuple[Any, list[Array]]:
+        """The function's result, and what `pull_back` needs of it."""
+        return self.linearized(self.parameters._inputs(self.which, own, fixed))
+
+    def pull_back(
+        self, kept: Sequence[Array], cotangents: Any, sums: Parameters
+    ) -> tuple[Parameters, Any]:
+        """`sums`, with the cotangents of the parameters added, and those of `own`, from
+        those of the inexact arrays of the result.
+        """
+        inputs = self.parameters._inputs(self.which, None, None)
+        sums, others = eqx.partition(sums, self.which)
+        sums, grad_own = self.linearized.pull_back(
+            self.parameters.axes,
+            inputs.shared,
+            inputs.constant,
+            kept,
+            cotangents,
+            sums,
+        )
+        return eqx.combine(sums, others), grad_own
 
 
 class Cotangents(eqx.Module):
@@ -90,10 +150,12 @@ class Recorded(eqx.Module):
     """What a forward solve leaves for the way back, beside its final state: its tape,
     if there is one; of each `SubSaveAt`, how much had been saved before the first step;
     the loop over its steps, but for what is in `Start.times`; and whether step sizes
-    depend on the solution by more than what has no derivative.
+    depend on the solution by more than what has no derivative. If what the way back
+    needs of each step was kept, the step as it was linearized.
     """
 
     tape: Tape | None
+    linearized_step: Any
     num_saved: list[IntScalarLike]
     loop: eqx.Partial
     sees_solution: bool = eqx.field(static=True)

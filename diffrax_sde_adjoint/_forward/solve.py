@@ -6,6 +6,7 @@ state of the solver, the time of an event or the output of `diffeqsolve`, is
 differentiated by JAX.
 """
 
+import dataclasses
 import functools as ft
 import operator
 from collections.abc import Callable
@@ -19,20 +20,28 @@ from jaxtyping import Array, Bool, PyTree
 from .._autodiff.custom_derivative import detach, with_derivative
 from .._brownian.costly_steps import warn_of_costly_steps
 from .._compat import (
+    Args,
     State,
     integration_loop,
     is_unsafe_sde,
     nondifferentiable,
     nondifferentiable_backward,
 )
+from .._misc import num_bytes, zeros_like
 from .._solver import ReversibleHeun, carried, check_sense
-from .._solver.stage_loops import in_forward_mode, without_loops
+from .._solver.stage_loops import (
+    in_forward_mode,
+    linearizable,
+    started,
+    without_loops,
+)
 from .._term.base import with_weak_directions
 from .._term.hoisted import hoist_closures, hoist_save_fns
 from .controllers import close_over_controller, may_jump
 from .gradient_in_times import distinct, split_times
 from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
+from .steps import KeepingSolver, LinearizedStep
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
 
@@ -44,16 +53,25 @@ class Derivative(NamedTuple):
 
     `rule(parameters, start, perturbed, recorded, final_state, grad_final_state)` finds
     the cotangents of the first two, and whether these are to be replaced by NaN.
-    `perturbed` has `True` for each array in `start` that is differentiated. With
-    `steps_per_page` there is a tape of pages of so many steps, and the state at the
-    start of each is kept if it `takes_snapshots`.
+    `perturbed` has `True` for each array in `start` that is differentiated. Without a
+    `recording`, there is no tape.
     """
 
     rule: Callable[..., tuple[tuple[Parameters, Start], Bool[Array, ""]]]
-    steps_per_page: int | None
-    takes_snapshots: bool
+    recording: "Recording | None"
     no_second_derivative: str
     no_forward_mode: str
+
+
+class Recording(NamedTuple):
+    """What the tape has: `steps_per_page`, or how to find it from the bytes of a state
+    and of what is kept of a step; the state at the start of each page, if it
+    `takes_snapshots`; and what the way back needs of each step, if it `keeps_steps`.
+    """
+
+    steps_per_page: int | Callable[[int, int], int]
+    takes_snapshots: bool
+    keeps_steps: bool
 
 
 def check_checkpoint_every(name: str, num: Any) -> None:
@@ -64,7 +82,9 @@ def check_checkpoint_every(name: str, num: Any) -> None:
         )
 
 
-def prepare(adjoint: Any, name: str, **kwargs: Any) -> dict[str, Any]:
+def prepare(
+    adjoint: Any, name: str, passed_solver_state: bool, **kwargs: Any
+) -> dict[str, Any]:
     """The arguments of `AbstractAdjoint.loop`, which are checked, with a solver whose
     steps are those that are made. Messages are those of an `adjoint` of this `name`.
     """
@@ -89,7 +109,18 @@ def prepare(adjoint: Any, name: str, **kwargs: Any) -> dict[str, Any]:
         init_state = eqx.tree_at(
             lambda s: s.solver_state, init_state, carried(init_state.solver_state)
         )
-    return {**kwargs, "solver": without_loops(solver), "init_state": init_state}
+    solver = without_loops(solver)
+    if not passed_solver_state:
+        solver, solver_state = started(
+            solver,
+            init_state.solver_state,
+            terms,
+            times[0],
+            init_state.y,
+            kwargs["args"],
+        )
+        init_state = dataclasses.replace(init_state, solver_state=solver_state)
+    return {**kwargs, "solver": solver, "init_state": init_state}
 
 
 def solve(
@@ -111,8 +142,7 @@ def solve(
     terms = hoist_closures(terms, t0, init_state.y, args, name)
     saveat = hoist_save_fns(saveat, t0, init_state.y, args)
     msg = f"`adjoint={name}()` does not differentiate `solver`. {_instead}"
-    # With these loops the solver has every derivative.
-    solver = in_forward_mode(nondifferentiable(solver, msg=msg))
+    solver = nondifferentiable(solver, msg=msg)
     # In a batch, an element whose solve has no length makes no step, but one is
     # evaluated as long as others make some. diffrax would have it leave the path.
     tnext = jnp.where(t0 < t1, init_state.tnext, init_state.tprev)
@@ -129,11 +159,20 @@ def solve(
         terms, args, [sub.fn for sub in subs], [sub.ts for sub in subs]
     )
     may_have_gaps = init_state.made_jump is not False or may_jump(stepsize_controller)
+    recorder = _make_recorder(
+        derivative.recording, solver, terms, args, init_state, may_have_gaps, **kwargs
+    )
+    # With these loops the solver has every derivative.
+    solver = in_forward_mode(solver)
+    if recorder is not None and recorder.linearized_step is not None:
+        solver = KeepingSolver(solver, recorder.linearized_step)
 
     def loop(cond_fun, body_fun, init_state, **kwargs):
-        run = ft.partial(_run, derivative, may_have_gaps, cond_fun, body_fun, **kwargs)
+        if recorder is not None:
+            init_state = recorder.without_step(init_state)
+        run = ft.partial(_run, recorder, cond_fun, body_fun, **kwargs)
         final_state = _with_derivative(
-            derivative, run, parameters, init_state, times, sees_solution
+            derivative, recorder, run, parameters, init_state, times, sees_solution
         )
         msg = (
             f"`adjoint={name}()` does not differentiate the output "
@@ -150,15 +189,69 @@ def solve(
         saveat=saveat,
         t0=t0,
         t1=t1,
-        init_state=init_state,
+        init_state=init_state if recorder is None else recorder.with_step(init_state),
         inner_while_loop=plain_while_loop,
         outer_while_loop=loop,
         **kwargs,
     )
 
 
+class _Recorder(NamedTuple):
+    """A `Recording` of a solve: how it is made."""
+
+    steps_per_page: int
+    takes_snapshots: bool
+    may_have_gaps: bool
+    linearized_step: LinearizedStep | None
+
+    def with_step(self, state: State) -> State:
+        """With the last step in the state of the solver, if steps are kept."""
+        if self.linearized_step is None:
+            return state
+        nothing = zeros_like(self.linearized_step.made_struct)
+        return dataclasses.replace(state, solver_state=(state.solver_state, nothing))
+
+    def without_step(self, state: State) -> State:
+        if self.linearized_step is None:
+            return state
+        solver_state, _ = state.solver_state
+        return dataclasses.replace(state, solver_state=solver_state)
+
+
+def _make_recorder(
+    recording: Recording | None,
+    solver: diffrax.AbstractSolver,
+    terms: PyTree[diffrax.AbstractTerm],
+    args: Args,
+    init_state: State,
+    may_have_gaps: bool,
+    *,
+    max_steps: int | None,
+    **kwargs: Any,
+) -> _Recorder | None:
+    del kwargs
+    if recording is None or max_steps is None:
+        return None
+    steps_per_page, linearized_step = recording.steps_per_page, None
+    if callable(steps_per_page) or recording.keeps_steps:
+        linearized_step = LinearizedStep.trace(
+            linearizable(solver), terms, args, init_state, may_have_gaps
+        )
+        if callable(steps_per_page):
+            size_of_state = num_bytes((init_state.y, init_state.solver_state))
+            size_of_step = num_bytes(linearized_step.made_struct.kept)
+            steps_per_page = steps_per_page(size_of_state, size_of_step)
+    return _Recorder(
+        steps_per_page,
+        recording.takes_snapshots,
+        may_have_gaps,
+        linearized_step if recording.keeps_steps else None,
+    )
+
+
 def _with_derivative(
     derivative: Derivative,
+    recorder: _Recorder | None,
     run: Callable[[State], tuple[State, Tape | None]],
     parameters: Parameters,
     init_state: State,
@@ -175,11 +268,13 @@ def _with_derivative(
         eqx.combine(detached_start.times, loop)(), msg=derivative.no_second_derivative
     )
     num_saved = [x.save_index for x in get_save_states(init_state)]
+    linearized_step = None if recorder is None else recorder.linearized_step
+    recorded = Recorded(tape, linearized_step, num_saved, loop, sees_solution)
     return with_derivative(
         _pull_back,
         parameters,
         start,
-        (Recorded(tape, num_saved, loop, sees_solution), derivative),
+        (recorded, derivative),
         final_state,
         no_forward_mode=derivative.no_forward_mode,
     )
@@ -218,18 +313,27 @@ def without_derivative(
 
 
 def _run(
-    derivative: Derivative, may_have_gaps: bool, *args: Any, **kwargs: Any
+    recorder: _Recorder | None,
+    cond_fun: Callable[[State], Bool[Array, ""]],
+    body_fun: Callable[[State], State],
+    init_state: State,
+    **kwargs: Any,
 ) -> tuple[State, Tape | None]:
     """The loop without its derivative, and the tape if there is one."""
-    if kwargs["max_steps"] is None or derivative.steps_per_page is None:
-        return plain_while_loop(*args, **kwargs), None
-    return loop_and_record(
-        *args,
-        steps_per_page=derivative.steps_per_page,
-        may_have_gaps=may_have_gaps,
-        take_snapshots=derivative.takes_snapshots,
+    if recorder is None:
+        return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
+    step = recorder.linearized_step
+    final_state, tape = loop_and_record(
+        cond_fun,
+        body_fun,
+        recorder.with_step(init_state),
+        steps_per_page=recorder.steps_per_page,
+        may_have_gaps=recorder.may_have_gaps,
+        take_snapshots=recorder.takes_snapshots,
+        made_struct=None if step is None else step.made_struct,
         **kwargs,
     )
+    return recorder.without_step(final_state), tape
 
 
 _get_times = operator.attrgetter(

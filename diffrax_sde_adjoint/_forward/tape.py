@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
@@ -38,7 +39,8 @@ class Tape(eqx.Module):
     there may be gaps between steps, at `starts[i, k]`. In the latter case the two ends
     of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
     are filled to the end but the last one, which holds what is left of `num_steps`.
-    `snapshots` are at the start of each page. `largest_y` has the largest absolute
+    `snapshots` are at the start of each page, and `made` is what was kept of each step.
+    `largest_y` has the largest absolute
     value of each entry of the solution, at any time, and `largest_change` that of its
     difference from the initial one, at the ends of pages.
     """
@@ -49,6 +51,7 @@ class Tape(eqx.Module):
     largest_y: PyTree[Float[Array, "..."]]
     largest_change: PyTree[Float[Array, "..."]]
     num_steps: Int[Array, ""]
+    made: PyTree[Array] | None = None
 
     @property
     def steps_per_page(self) -> int:
@@ -59,13 +62,13 @@ class Tape(eqx.Module):
         return -(-self.num_steps // self.steps_per_page)
 
     def page(self, i: Int[Array, ""]) -> "Page":
-        ends, starts, snapshot = jtu.tree_map(
-            lambda x: x[i], (self.ends, self.starts, self.snapshots)
+        ends, starts, snapshot, made = jtu.tree_map(
+            lambda x: x[i], (self.ends, self.starts, self.snapshots, self.made)
         )
         num_before = i * self.steps_per_page
         num_steps = jnp.minimum(self.num_steps - num_before, self.steps_per_page)
         first = jnp.zeros_like(num_steps)
-        return Page(ends, starts, snapshot, num_before, first, num_steps)
+        return Page(ends, starts, snapshot, num_before, first, num_steps, made)
 
     @property
     def parts_per_page(self) -> int:
@@ -110,6 +113,7 @@ class Page(eqx.Module):
     num_before: Int[Array, ""]
     first: Int[Array, ""]
     num_steps: Int[Array, ""]
+    made: PyTree[Array] | None
 
     def step(self, k: Int[Array, ""], is_made: BoolScalarLike) -> Step:
         k = self.first + k
@@ -136,16 +140,29 @@ def loop_and_record(
     steps_per_page: int,
     may_have_gaps: bool,
     take_snapshots: bool,
+    made_struct: PyTree[jax.ShapeDtypeStruct] | None = None,
 ) -> tuple[State, Tape]:
     """Runs the loop of a solve, with the arguments that diffrax calls its
-    `outer_while_loop` with, and records it.
+    `outer_while_loop` with, and records it. With a `made_struct`, what is kept of each
+    step is in the solver's state after it.
     """
     num_pages = max(1, math.ceil(max_steps / steps_per_page))
     # Not zeros: in a batch, a step is made from here for elements that made none.
     full = lambda *shape: jnp.full(shape, init_state.tprev)
     init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
     init_ends = full(num_pages, steps_per_page + 1)
-    get_snapshot = lambda s: SolveState(s.y, s.solver_state) if take_snapshots else None
+    init_made = jtu.tree_map(
+        lambda x: jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype), made_struct
+    )
+
+    def get_snapshot(state):
+        if not take_snapshots:
+            return None
+        solver_state = state.solver_state
+        return SolveState(
+            state.y, solver_state if made_struct is None else solver_state[0]
+        )
+
     init_snapshots = jtu.tree_map(
         lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),
         get_snapshot(init_state),
@@ -165,17 +182,25 @@ def loop_and_record(
             return is_running(state) & (num_on_page < steps_per_page)
 
         step = lambda val: _step_and_write(body_fun, num_before, *val)
-        page = jtu.tree_map(
-            lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
+        page = (
+            *jtu.tree_map(
+                lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
+            ),
+            jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), init_made),
         )
         # The same, but for what is written when the page is full.
-        state, prev_t1, largest_y, page = while_loop(
-            has_room,
-            step,
-            (state, prev_t1, largest_y, page),
-            buffers=lambda val: buffers(val[0]),
-            kind="lax",
-        )
+        val = (state, prev_t1, largest_y, page)
+        if steps_per_page == 1:
+            val = step(val)
+        else:
+            val = while_loop(
+                has_room,
+                step,
+                val,
+                buffers=lambda val: (*buffers(val[0]), val[3][2]),
+                kind="lax",
+            )
+        state, prev_t1, largest_y, page = val
         # The new trees go first, as buffers are trees themselves.
         i = num_before // steps_per_page
         write = lambda new, old: old.at[i].set(new)
@@ -188,10 +213,10 @@ def loop_and_record(
     # The loop over pages carries the state of the solve, the end of the last accepted
     # step, the largest size of each entry of the solution and of its change, the pages
     # and the snapshots.
-    init_pages = (init_starts, init_ends)
+    init_pages = (init_starts, init_ends, init_made)
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
-    final_state, _, largest, (starts, ends), snapshots = while_loop(
+    final_state, _, largest, (starts, ends, made), snapshots = while_loop(
         lambda val: is_running(val[0]),
         fill_page,
         (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
@@ -199,7 +224,7 @@ def loop_and_record(
         kind="lax",
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
-    return final_state, Tape(ends, starts, snapshots, *largest, num_steps)
+    return final_state, Tape(ends, starts, snapshots, *largest, num_steps, made)
 
 
 @in_scope("forward_step")
@@ -209,12 +234,12 @@ def _step_and_write(
     state: State,
     prev_t1: Float[Array, ""],
     largest_y: PyTree[Float[Array, "..."]],
-    page: tuple[Array | None, Array],
-) -> tuple[State, Array, PyTree[Array], tuple[Array | None, Array]]:
+    page: tuple[Array | None, Array, PyTree[Array]],
+) -> tuple[State, Array, PyTree[Array], tuple[Array | None, Array, PyTree[Array]]]:
     """Makes a step, and writes when it was to the `starts` and `ends` of a page, before
-    which there are `num_before` steps.
+    which there are `num_before` steps; and what is kept of it to `made`.
     """
-    starts, ends = page
+    starts, ends, made = page
     k = state.num_accepted_steps - num_before
     # A rejected step is overwritten by the next one.
     start, end = state.tprev, state.tnext
@@ -227,7 +252,12 @@ def _step_and_write(
     is_accepted = new_state.num_accepted_steps > num_accepted
     prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
     largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
-    return new_state, prev_t1, largest_y, (starts, ends.at[k + 1].set(end))
+    ends = ends.at[k + 1].set(end)
+    if made is not None:
+        _, new = new_state.solver_state
+        # The new tree goes first, as buffers are trees themselves.
+        made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), new, made)
+    return new_state, prev_t1, largest_y, (starts, ends, made)
 
 
 def _larger(

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._term.reversed import reversed_terms
 from .base import AbstractReversibleSolver, check_sense
+from .stage_loops import explicit_step
 
 
 class _EffectivelySymmetric(
@@ -43,8 +44,8 @@ class _EffectivelySymmetric(
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, Any, diffrax.RESULTS]:
         check_sense(terms, self)
-        y1, y_error, _, solver_state, result = super().step(
-            terms, t0, t1, y0, args, solver_state, made_jump
+        y1, y_error, _, solver_state, result = explicit_step(
+            self.tableau, terms, t0, t1, y0, args, solver_state, made_jump
         )
         return y1, y_error, dict(y0=y0, y1=y1), solver_state, result
 

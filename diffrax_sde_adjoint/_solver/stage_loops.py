@@ -1,7 +1,9 @@
-"""diffrax's Runge-Kutta methods, with other loops over their stages, or with none.
+"""diffrax's Runge-Kutta methods, with no loop over their stages if they are explicit,
+and otherwise with one of another kind.
 
 Such a loop can be one of several kinds, which differ in the derivatives that it has. By
-default it has one in reverse mode only, by a rule of its own.
+default it has one in reverse mode only, by a rule of its own, which can neither be
+linearised nor summed over a batch.
 """
 
 import operator
@@ -9,11 +11,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import diffrax
+import equinox as eqx
 import jax
+import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
-from .._compat import Args, DenseInfo, RealScalarLike, Y, with_scan_kind
+from .._compat import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    RealScalarLike,
+    Y,
+    unvmap_any,
+    with_scan_kind,
+)
 from .._misc import zeros_like
 from .base import AbstractForwardingSolver, layers
 
@@ -28,19 +42,28 @@ def in_forward_mode(solver: _Solver) -> _Solver:
     return _replace(solver, classes, lambda x: with_scan_kind(x, kinds))
 
 
-def summed_over_batches(solver: _Solver) -> _Solver:
-    """`solver`, with loops whose gradient may be summed over a batch: by default, it
-    would be found for each element.
+def linearizable(solver: _Solver) -> _Solver:
+    """`solver`, with loops that can be linearised, and whose gradient may be summed
+    over a batch: by default, it would be found for each element.
     """
     change = lambda x: with_scan_kind(x, {None: "bounded"})
     return _replace(solver, diffrax.AbstractRungeKutta, change)
 
 
 def without_loops(solver: _Solver) -> _Solver:
-    """`solver`, with the stages of stochastic Runge-Kutta methods written out."""
-    has_own_step = lambda x: type(x).step is not diffrax.AbstractSRK.step
-    change = lambda x: x if has_own_step(x) else SeparateStages(x)
-    return _replace(solver, diffrax.AbstractSRK, change)
+    """`solver`, with the stages of explicit Runge-Kutta methods written out."""
+    for method, written_out in (
+        (diffrax.AbstractSRK, StochasticStages),
+        (diffrax.AbstractERK, ExplicitStages),
+    ):
+
+        def change(x, method=method, written_out=written_out):
+            has_own_step = type(x).step is not method.step
+            is_one = isinstance(x.tableau, diffrax.MultiButcherTableau)
+            return x if has_own_step or is_one else written_out(x)
+
+        solver = _replace(solver, method, change)
+    return solver
 
 
 def _replace(solver: Any, cls: Any, fn: Callable[[Any], Any]) -> Any:
@@ -51,14 +74,11 @@ def _replace(solver: Any, cls: Any, fn: Callable[[Any], Any]) -> Any:
     return jtu.tree_map(replace, solver, is_leaf=is_leaf)
 
 
-class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+class _SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
     """A method of diffrax's, with stages that are arrays of their own. In diffrax's
-    loop they are the rows of one array. That loop has a derivative by a rule of its
-    own, which cannot be summed over a batch; and the array is soon too large for the
-    fast way in which XLA runs loops on a CPU: see `docs/how_it_works/small_loops.md`.
+    loop they are the rows of one array, which is soon too large for the fast way in
+    which XLA runs loops on a CPU: see `docs/how_it_works/small_loops.md`.
     """
-
-    solver: diffrax.AbstractSRK
 
     @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -66,6 +86,92 @@ class SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
 
     def init(self, terms, t0, t1, y0, args):
         return self.solver.init(terms, t0, t1, y0, args)
+
+
+class ExplicitStages(_SeparateStages):
+    """An explicit Runge-Kutta method of diffrax's. `is_started` says that the state has
+    the vector field at the start of the first step too, if it has that of others.
+    """
+
+    solver: diffrax.AbstractERK
+    is_started: bool = eqx.field(static=True, default=False)
+
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: Any,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y, DenseInfo, Any, diffrax.RESULTS]:
+        if self.is_started and solver_state is not None:
+            solver_state = (False, solver_state[1])
+        return explicit_step(
+            self.solver.tableau, terms, t0, t1, y0, args, solver_state, made_jump
+        )
+
+
+def started(
+    solver: diffrax.AbstractSolver,
+    solver_state: Any,
+    terms: PyTree[diffrax.AbstractTerm],
+    t: RealScalarLike,
+    y: Y,
+    args: Args,
+) -> tuple[diffrax.AbstractSolver, Any]:
+    """`solver` and its state at the start of a solve, with the vector field evaluated
+    there, if it was to be evaluated in the first step only.
+    """
+    if type(solver) is not ExplicitStages or solver_state is None:
+        return solver, solver_state
+    state = (jnp.array(False), solver.func(terms, t, y, args))
+    return ExplicitStages(solver.solver, is_started=True), state
+
+
+def explicit_step(
+    tableau: Any,
+    terms: diffrax.AbstractTerm,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    y0: Y,
+    args: Args,
+    solver_state: Any,
+    made_jump: BoolScalarLike,
+) -> tuple[Y, Y, DenseInfo, Any, diffrax.RESULTS]:
+    """A step of an explicit Runge-Kutta method, as diffrax makes it, without a loop."""
+    control = terms.contr(t0, t1)
+    vfs, products = [], []
+    y = y0
+    for j, c in enumerate([0, *tableau.c]):
+        if j > 0:
+            y = _add(y0, [(tableau.a_lower[j - 1], products)])
+        t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
+        if solver_state is None:
+            products.append(terms.vf_prod(t, y, args, control))
+            continue
+        if j == 0:
+            is_first, vf = solver_state
+            if is_first is not False or made_jump is not False:
+                evaluate = lambda vf, t=t, y=y: terms.vf(t, y, args)
+                is_first = unvmap_any(is_first | made_jump)
+                vf = lax.cond(is_first, evaluate, lambda vf: vf, vf)
+        else:
+            vf = terms.vf(t, y, args)
+        vfs.append(vf)
+        products.append(terms.prod(vf, control))
+    y1 = y if tableau.ssal else _add(y0, [(tableau.b_sol, products)])
+    y_error = _add(zeros_like(y0), [(tableau.b_error, products)])
+    dense_info = dict(y0=y0, y1=y1, k=jtu.tree_map(lambda *x: jnp.stack(x), *products))
+    solver_state = None if solver_state is None else (False, vfs[-1])
+    return y1, y_error, dense_info, solver_state, diffrax.RESULTS.successful
+
+
+class StochasticStages(_SeparateStages):
+    """A stochastic Runge-Kutta method of diffrax's."""
+
+    solver: diffrax.AbstractSRK
 
     def step(
         self,

@@ -1,5 +1,6 @@
 """Going back through a solve by making its steps again."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,24 +13,30 @@ from jaxtyping import Array, Bool, Int
 
 from .._autodiff.batched_vjp import maximum
 from .._compat import while_loop
-from .._forward.tape import Page, Step
-from .._misc import zeros_like
+from .._forward.steps import MadeStep, inputs_of_step, linearize_step
+from .._forward.tape import Page, SolveState, Step
+from .._misc import num_bytes, zeros_like
 from .sweep import Sweep, SweepState
 
 
 _T = TypeVar("_T")
 
+# In bytes, of what XLA runs the fast way.
+_small = 512
+
 
 def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
-    """Makes the steps of a page again from its snapshot, and keeps the states that they
-    start at, and their controls, to go back through them.
+    """Makes the steps of a page again from its snapshot, and keeps what is needed to go
+    back through them.
     """
     num_steps = maximum(page.num_steps, sweep.axes)
 
     def once(fn: Callable[[Step, _T], _T], step: Step, x: _T) -> _T:
-        """`fn(step, x)`, apart from the arrays of all states, which are large: see
-        `docs/how_it_works/small_loops.md`.
+        """`fn(step, x)`, apart from the arrays of all steps, which are large, if what
+        is carried is small: see `docs/how_it_works/small_loops.md`.
         """
+        if max(map(num_bytes, jtu.tree_leaves(x)), default=0) > _small:
+            return fn(step, x)
         times, others = eqx.partition(step, eqx.is_array)
 
         # It is not known to XLA that this is a loop of one iteration. It would take out
@@ -43,33 +50,58 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
 
     length = sweep.tape.steps_per_page
     assert page.snapshot is not None
-    _, controls_struct = eqx.filter_eval_shape(
-        sweep.step, page.step(jnp.array(0), True), page.snapshot
-    )
-    no_controls = zeros_like(controls_struct)
+    first = page.step(jnp.array(0), True)
+
+    def inputs(step, state0):
+        controls, _ = sweep.controls(step)
+        return inputs_of_step(
+            sweep.solver, step.t0, step.t1, state0, controls, step.made_jump
+        )
+
+    linearized = linearize_step(sweep.parameters, *inputs(first, page.snapshot))
+
+    def make(step, state0):
+        ((y1, dense_info, solver_state1), _), kept = linearized(*inputs(step, state0))
+        return SolveState(y1, solver_state1), MadeStep(kept, y1, dense_info)
+
+    def pull_back(step, made, carry):
+        _, pull_back_controls = sweep.controls(step)
+        return sweep.pull_back(
+            step,
+            made.y1,
+            made.dense_info,
+            functools.partial(linearized.pull_back, made.kept),
+            pull_back_controls,
+            carry,
+        )
+
+    if length == 1:
+        step = page.step(jnp.array(0), page.num_steps > 0)
+        _, made = make(step, page.snapshot)
+        return pull_back(step, made, carry)
+
+    nothing = zeros_like(eqx.filter_eval_shape(make, first, page.snapshot)[1])
 
     def make_step(val):
-        k, state0, kept = val
+        k, state0, all_made = val
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
-        state1, controls = once(
-            lambda step, val: sweep.step(step, val[0]),
+        state1, made = once(
+            lambda step, val: make(step, val[0]),
             page.step(jnp.minimum(k, last), True),
-            (state0, no_controls),
+            (state0, nothing),
         )
         # The new tree goes first, as buffers are trees themselves.
-        kept = jtu.tree_map(lambda x, xs: xs.at[k].set(x), (state0, controls), kept)
-        return k + 1, state1, kept
+        all_made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), made, all_made)
+        return k + 1, state1, all_made
 
-    kept = jtu.tree_map(
-        lambda x: jnp.broadcast_to(x, (length, *x.shape)), (page.snapshot, no_controls)
-    )
+    all_made = jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), nothing)
     # The number of the step, the state that it starts at, and all that is kept.
     with jax.named_scope("replay"):
-        _, _, kept = while_loop(
+        _, _, all_made = while_loop(
             lambda val: val[0] < num_steps,
             make_step,
-            (jnp.array(0), page.snapshot, kept),
+            (jnp.array(0), page.snapshot, all_made),
             buffers=lambda val: val[2],
             kind="lax",
         )
@@ -77,14 +109,13 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     def undo_step(
         k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
     ) -> SweepState:
-        def undo(step, val):
-            carry, state0, controls = val
-            _, pull_back_controls = sweep.controls(step)
-            carry = sweep.pull_back(step, state0, carry, controls, pull_back_controls)
-            return carry, state0, controls
-
-        state0, controls = jtu.tree_map(lambda x: x[k], kept)
-        carry, *_ = once(undo, page.step(k, is_made), (carry, state0, controls))
+        made = jtu.tree_map(lambda x: x[k], all_made)
+        step = page.step(k, is_made)
+        carry, _ = once(
+            lambda step, val: (pull_back(step, val[1], val[0]), val[1]),
+            step,
+            (carry, made),
+        )
         return carry
 
     return sweep.backwards(page.num_steps, undo_step, carry)

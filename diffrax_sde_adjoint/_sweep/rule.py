@@ -27,7 +27,8 @@ from .._forward.saved import cotangents_of_earlier, get_positions, get_save_stat
 from .._forward.tape import SolveState
 from .._misc import zeros_like
 from .._solver import EES25, EES27, Reversible, ReversibleHeun, is_reversible
-from .._solver.stage_loops import summed_over_batches
+from .._solver.stage_loops import linearizable
+from .kept import pull_back_kept
 from .replay import replay
 from .saved_outputs import SavedOutputs
 from .sweep import Sweep, SweepState, arrive
@@ -59,7 +60,7 @@ class SweepRule(eqx.Module):
         size = _make_size_of_loss(
             final_state, grad_final_state, parameters.all.save_fns
         )
-        solver = summed_over_batches(self.solver) if parameters.axes else self.solver
+        solver = linearizable(self.solver)
         grad_saved = get_save_states(grad_final_state)
         outputs = SavedOutputs(
             steps=self.save_steps,
@@ -72,7 +73,9 @@ class SweepRule(eqx.Module):
         )
         sweep = Sweep(solver, recorded.tape, start.state.y, outputs, parameters)
         end = _end(sweep, final_state, grad_final_state, size)
-        if is_reversible(solver):
+        if recorded.linearized_step is not None:
+            first = sweep(ft.partial(pull_back_kept, recorded.linearized_step), end)
+        elif is_reversible(solver):
             way = undo_staggered if can_stagger(sweep, end) else undo
             first = arrive(sweep(way, end), start.state)
         else:

@@ -63,19 +63,23 @@ class SavedOutputs(eqx.Module):
             num_left = positions[i].save_index - jnp.where(is_saved, 1, 0)
             positions[i] = Position(positions[i].ts_index, num_left)
 
-            def more(i=i, num_left=num_left, is_saved=is_saved):
+            def add(grads, i=i, num_left=num_left, is_saved=is_saved):
                 grad = self._grad_output(i, num_left)
-                _, pull_back = self._parameters_of(i).vjp(_evaluate, y1, next_t0, i)
-                return pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
+                _, pull_back = self.parameters.vjp(
+                    _evaluate, self._of_output(i), y1, next_t0, i
+                )
+                parameters, more = pull_back(
+                    where_active(is_saved, grad, zeros_like(grad), axes),
+                    grads.parameters,
+                )
+                y = add_where_given(grads.state.y, more)
+                get = lambda grads: (grads.parameters, grads.state.y)
+                return eqx.tree_at(get, grads, (parameters, y))
 
             if num == 1:
-                grad = more()
+                grads = add(grads)
             else:
-                zeros = zeros_like(eqx.filter_eval_shape(more))
-                nothing = lambda zeros=zeros: zeros
-                grad = lax.cond(any_of(is_saved, axes), more, nothing)
-            get = lambda grads: (grads.parameters, grads.state.y)
-            grads = eqx.tree_at(get, grads, add_where_given(get(grads), grad))
+                grads = lax.cond(any_of(is_saved, axes), add, lambda x: x, grads)
         return positions, grads
 
     def add_grad_dense_info(
@@ -123,7 +127,7 @@ class SavedOutputs(eqx.Module):
         """Adds what `SubSaveAt` number `i` saved at those of its `ts` that are within a
         step to the cotangents of the parameters and of `dense_info`.
         """
-        parameters, axes = self._parameters_of(i), self.parameters.axes
+        parameters, axes = self.parameters, self.parameters.axes
         ts = parameters.all.save_ts[i]
 
         def is_in_step(position):
@@ -143,17 +147,24 @@ class SavedOutputs(eqx.Module):
             return _evaluate(parameters, interpolation.evaluate(t), t, i), t
 
         def add_grad(carry):
-            position, *grads = carry
+            position, grad_parameters, grad_info = carry
             new_position = Position(position.ts_index - 1, position.save_index - 1)
             num_left = new_position.save_index
             grad = (self._grad_output(i, num_left), self.grad_ts[i][num_left])
             is_saved = is_in_step(position)
             _, pull_back = parameters.vjp(
-                evaluate, dense_info, step, new_position.ts_index, is_saved
+                evaluate,
+                self._of_output(i),
+                dense_info,
+                step,
+                new_position.ts_index,
+                is_saved,
             )
-            more = pull_back(where_active(is_saved, grad, zeros_like(grad), axes))
+            grad_parameters, more = pull_back(
+                where_active(is_saved, grad, zeros_like(grad), axes), grad_parameters
+            )
             position = where_active(is_saved, new_position, position, axes)
-            return position, *add_where_given(grads, list(more))
+            return position, grad_parameters, add_where_given(grad_info, more)
 
         return lax.while_loop(is_any_left, add_grad, carry)
 
@@ -163,9 +174,6 @@ class SavedOutputs(eqx.Module):
         # Without a function, what is saved is the solution.
         has_fn = self.parameters.nondiff.save_fns[i] is not save_y
         return Parameters(False, has_fn, is_one, is_one)
-
-    def _parameters_of(self, i: int) -> Differentiated:
-        return self.parameters.only(self._of_output(i))
 
     def _grad_output(self, i: int, index: Int[Array, ""]) -> Any:
         return jtu.tree_map(lambda x: x[index], self.grad_ys[i])

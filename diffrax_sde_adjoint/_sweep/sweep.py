@@ -36,15 +36,17 @@ from .._forward.records import (
     Differentiated,
     Parameters,
     of_controls,
-    of_step,
 )
 from .._forward.return_error import ReturnError
 from .._forward.saved import Position
 from .._forward.tape import Page, SolveState, Step, Tape
-from .._misc import add_where_given, in_scope, zeros_like
-from .._solver.stage_loops import in_forward_mode
-from .._term.known_control import evaluate_controls, with_controls
+from .._misc import in_scope, zeros_like
+from .._term.known_control import evaluate_controls
 from .saved_outputs import SavedOutputs
+
+
+# From cotangents and sums to the sums with more added, and other cotangents.
+PullBack = Callable[[Any, Parameters], tuple[Parameters, Any]]
 
 
 class SweepState(eqx.Module):
@@ -157,53 +159,40 @@ class Sweep(eqx.Module):
 
         return lax.fori_loop(0, maximum(num, self.axes), body, carry)
 
-    def step(
-        self, step: Step, state: SolveState
-    ) -> tuple[SolveState, list[PyTree[Any]]]:
-        """Makes a step. Also returns its controls."""
-        solver = in_forward_mode(self.solver)
-        controls = evaluate_controls(solver, self.terms, step.t0, step.t1)
-        y1, _, solver_state1 = _make_step(
-            self.parameters.all, (state, controls), solver, step
-        )
-        return SolveState(y1, solver_state1), controls
-
-    def controls(
-        self, step: Step
-    ) -> tuple[list[PyTree[Any]], Callable[[Any], tuple[Parameters, None]]]:
+    def controls(self, step: Step) -> tuple[list[PyTree[Any]], PullBack]:
         """The controls of a step, and what pulls their cotangents back to those of the
         parameters.
         """
-        parameters = self.parameters.only(of_controls)
-        return parameters.vjp(_evaluate_controls, None, self.solver, step)
+        return self.parameters.vjp(
+            _evaluate_controls, of_controls, None, self.solver, step
+        )
 
     @in_scope("pull_back_step")
     def pull_back(
         self,
         step: Step,
-        state0: SolveState,
+        y1: Y,
+        dense_info: DenseInfo,
+        pull_back_step: PullBack,
+        pull_back_controls: PullBack,
         carry: SweepState,
-        controls: list[PyTree[Any]],
-        pull_back_controls: Callable[[Any], tuple[Parameters, None]],
     ) -> SweepState:
-        """Pulls the cotangents back through a step that started at `state0`."""
-        (_, dense_info, _), pull_back = self.parameters.only(of_step).vjp(
-            _make_step, (state0, controls), self.solver, step
-        )
+        """Pulls the cotangents back through a step, which ended at `y1`."""
         positions, grads, grad_dense_info = self.add_grad_saved(
-            step, dense_info, carry.state.y, carry
+            step, dense_info, y1, carry
         )
         grad_step = (grads.state.y, grad_dense_info, grads.state.solver_state)
-        grad_parameters, (grad_state0, grad_controls) = pull_back(
-            where_active(step.is_made, grad_step, zeros_like(grad_step), self.axes)
+        grad_step = where_active(
+            step.is_made, grad_step, zeros_like(grad_step), self.axes
         )
-        grad_parameters = add_where_given(grads.parameters, grad_parameters)
-        more, _ = pull_back_controls(grad_controls)
-        grad_parameters = add_where_given(grad_parameters, more)
+        grad_parameters, (grad_state0, grad_controls) = pull_back_step(
+            grad_step, grads.parameters
+        )
+        grad_parameters, _ = pull_back_controls(grad_controls, grad_parameters)
         return eqx.tree_at(
-            lambda c: (c.state, c.next_t0, c.positions, c.grads),
+            lambda c: (c.next_t0, c.positions, c.grads),
             carry,
-            (state0, step.t0, positions, Cotangents(grad_state0, grad_parameters)),
+            (step.t0, positions, Cotangents(grad_state0, grad_parameters)),
         )
 
     @in_scope("saved_outputs")
@@ -221,22 +210,6 @@ class Sweep(eqx.Module):
         return self.outputs.add_grad_dense_info(
             step, is_last, dense_info, positions, grads
         )
-
-
-def _make_step(
-    parameters: Parameters,
-    own: tuple[SolveState, list[PyTree[Any]]],
-    solver: diffrax.AbstractSolver,
-    step: Step,
-) -> tuple[Y, DenseInfo, PyTree[Any]]:
-    """Makes a step from a state at its start and the controls over it."""
-    state0, controls = own
-    t0, t1, args = step.t0, step.t1, parameters.args
-    terms = with_controls(parameters.terms, t0, t1, controls)
-    y1, _, dense_info, solver_state1, _ = solver.step(
-        terms, t0, t1, state0.y, args, state0.solver_state, step.made_jump
-    )
-    return y1, dense_info, solver_state1
 
 
 def _evaluate_controls(

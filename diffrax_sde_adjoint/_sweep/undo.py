@@ -1,5 +1,8 @@
 """Going back through a solve by undoing its steps."""
 
+import dataclasses
+import functools
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,9 +11,11 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import where_active
 from .._compat import Args
+from .._forward.steps import inputs_of_step, linearize_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import are_alike, in_scope
 from .._solver import AbstractReversibleSolver
+from .._solver.stage_loops import in_forward_mode
 from .._term.known_control import with_controls
 from .sweep import Sweep, SweepState, arrive_at_page
 
@@ -35,11 +40,24 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         # Elements of a batch that are at their end stay at a state that they were at:
         # elsewhere, the vector field may not be defined.
         state0 = where_active(is_made, state0, carry.state, sweep.axes)
-        carry = sweep.pull_back(step, state0, carry, controls, pull_back_controls)
+        inputs = inputs_of_step(
+            solver, step.t0, step.t1, state0, controls, step.made_jump
+        )
+        linearized = linearize_step(sweep.parameters, *inputs)
+        ((_, dense_info, _), _), kept = linearized(*inputs)
+        pull_back_step = functools.partial(linearized.pull_back, kept)
+        carry = sweep.pull_back(
+            step,
+            carry.state.y,
+            dense_info,
+            pull_back_step,
+            pull_back_controls,
+            carry,
+        )
         first_result = diffrax.RESULTS.where(
             diffrax.is_okay(carry.result), result, carry.result
         )
-        return eqx.tree_at(lambda c: c.result, carry, first_result)
+        return dataclasses.replace(carry, state=state0, result=first_result)
 
     carry = sweep.backwards(page.num_steps, undo_step, carry)
     return arrive_at_page(carry, page)
@@ -86,7 +104,16 @@ def inverts_last_step(sweep: Sweep, end: SweepState) -> Bool[Array, ""]:
     page = sweep.tape.page(jnp.maximum(sweep.tape.num_pages - 1, 0))
     step = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     state0, _ = _undo_step(solver, sweep.terms, step, end.state, sweep.args)
-    state1, _ = sweep.step(step, state0)
+    y1, _, _, solver_state1, _ = in_forward_mode(solver).step(
+        sweep.terms,
+        step.t0,
+        step.t1,
+        state0.y,
+        sweep.args,
+        state0.solver_state,
+        step.made_jump,
+    )
+    state1 = SolveState(y1, solver_state1)
 
     def is_close(found, known):
         size = jnp.max(jnp.abs(known), initial=0)

@@ -92,12 +92,12 @@ class StaggeredState(eqx.Module):
         prod = lambda control: sweep.terms.prod(vf0, control)
         (more,) = eqx.filter_vjp(prod, self.control)[1](self.grad_product)
         grad_control = add_where_given(self.grad_control, more)
-        _, pull_back = sweep.parameters.only(of_controls).vjp(
-            _evaluate_control, None, self.t0, self.t1
+        _, pull_back = sweep.parameters.vjp(
+            _evaluate_control, of_controls, None, self.t0, self.t1
         )
         zeros = zeros_like(grad_control)
-        more, _ = pull_back(where_active(is_made, grad_control, zeros, sweep.axes))
-        return add_where_given(grads, more)
+        grad_control = where_active(is_made, grad_control, zeros, sweep.axes)
+        return pull_back(grad_control, grads)[0]
 
 
 def undo_staggered(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
@@ -144,7 +144,7 @@ def _undo_step(
     terms, state1, yhat1 = sweep.terms, carry.state, carry.state.yhat
     grad_yhat1, grad_vf1 = carry.grads.state.solver_state
 
-    vf1, pull_back_vf = sweep.parameters.only(of_step).vjp(_evaluate_vf, yhat1, step)
+    vf1, pull_back_vf = sweep.parameters.vjp(_evaluate_vf, of_step, yhat1, step)
     y1 = _add(state1.u, -0.5, terms.prod(vf1, state1.control))
 
     # What is saved is linear in `y0` and `y1`, so their values do not matter.
@@ -162,11 +162,12 @@ def _undo_step(
     _, pull_back_prod = eqx.filter_vjp(terms.prod, vf1, control)
     half_grad_y1 = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
     more, grad_control = pull_back_prod(half_grad_y1)
-    grad_parameters, more = pull_back_vf(add_where_given(grad_vf1, more))
+    grad_parameters, more = pull_back_vf(
+        add_where_given(grad_vf1, more), grads.parameters
+    )
     grad_yhat1 = _add(grad_yhat1, 1.0, more)
     grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
-    grad_parameters = add_where_given(grads.parameters, grad_parameters)
     grad_parameters = state1.add_grad(sweep, vf1, step.is_made, grad_parameters)
     depends = state1.grad_product is not None
     of_control = (grad_control, grad_product) if depends else (None, None)

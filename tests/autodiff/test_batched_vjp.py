@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import keys, relative_error
+from helpers import keys, relative_error, summed_vjp
 
-from diffrax_sde_adjoint._autodiff.batched_vjp import any_of, maximum, vjp, where_active
+from diffrax_sde_adjoint._autodiff.batched_vjp import any_of, maximum, where_active
 
 
 def fn(shared, own, fixed):
@@ -19,13 +19,13 @@ def fn(shared, own, fixed):
 
 
 def summed(shared, own, cotangents, in_axes, fn=fn, fixed=None):
-    """By `vjp`, inside of as many `vmap` as there are `in_axes`, the inner one first;
+    """By `summed_vjp`, in as many `vmap` as there are `in_axes`, the inner one first;
     each says whether `shared`, `own` and `cotangents` are batched.
     """
     names = tuple(f"axis {i}" for i in range(len(in_axes)))
 
     def one(shared, own, cotangents):
-        out, pull_back = vjp(fn, names, shared, own, fixed)
+        out, pull_back = summed_vjp(fn, names, shared, own, fixed)
         return out, *pull_back(cotangents)
 
     for name, axes in zip(names, in_axes, strict=True):
@@ -142,7 +142,7 @@ def test_leaves_without_derivative(num_axes):
         return jnp.sum(one(xs, counts, all_keys, cotangents))
 
     def one(x, count, key, cotangent):
-        out, pull_back = vjp(
+        out, pull_back = summed_vjp(
             fn,
             tuple(range(num_axes)),
             {"weight": weight, "count": jnp.array(1)},
@@ -172,7 +172,9 @@ def test_no_gradient_for_each_element():
 
     def shapes(axes):
         def one(x):
-            _, pull_back = vjp(lambda *x: jnp.tanh(x[0] @ x[1]), axes, weight, x, None)
+            _, pull_back = summed_vjp(
+                lambda *x: jnp.tanh(x[0] @ x[1]), axes, weight, x, None
+            )
             grad_weight, _ = pull_back(x)
             return grad_weight if axes else lax.psum(grad_weight, "batch")
 
@@ -204,7 +206,7 @@ def test_product_is_traced_few_times():
             def body(_, carry):
                 # What one step makes batched, the next one passes on.
                 sums, grad, next_grad = carry
-                _, pull_back = vjp(fn, ("batch",), shared, own, None)
+                _, pull_back = summed_vjp(fn, ("batch",), shared, own, None)
                 more, grad_own = pull_back(grad)
                 return sums + more, next_grad, grad_own
 
@@ -229,7 +231,9 @@ def test_loop_in_a_loop_in_a_batch():
     def one(x):
         def body(_, carry):
             sums, grad_x = carry
-            y, pull_back = vjp(lambda w, x, _: w @ jnp.sin(x), ("batch",), weight, x, 0)
+            y, pull_back = summed_vjp(
+                lambda w, x, _: w @ jnp.sin(x), ("batch",), weight, x, 0
+            )
             more, grad_x = pull_back(grad_x + y)
             return sums + more, grad_x
 

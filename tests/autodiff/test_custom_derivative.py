@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import keys, relative_error
+from helpers import keys, relative_error, summed_vjp
 
-from diffrax_sde_adjoint._autodiff.batched_vjp import vjp
 from diffrax_sde_adjoint._autodiff.custom_derivative import detach, with_derivative
 
 
@@ -32,12 +31,12 @@ def with_rule(fn, rule):
 
 
 def rule_of(fn, is_wrong=lambda own: jnp.array(False)):
-    """The rule that is right, by `vjp` of the package."""
+    """The rule that is right, by `summed_vjp`."""
 
     def rule(perturbed, inputs, residuals, outputs, grad_outputs, axes):
         del perturbed, residuals, outputs
         shared, own = inputs
-        _, pull_back = vjp(lambda *x: fn(*x[:2]), axes, shared, own, None)
+        _, pull_back = summed_vjp(lambda *x: fn(*x[:2]), axes, shared, own, None)
         return *pull_back(grad_outputs), is_wrong(own)
 
     return rule

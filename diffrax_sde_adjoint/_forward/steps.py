@@ -1,0 +1,168 @@
+"""Steps of a solver, as functions of all that they depend on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._autodiff.batched_vjp import Axes
+from .._autodiff.linearized import Linearized
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
+from .._misc import zeros_like
+from .._solver import AbstractForwardingSolver
+from .._term.known_control import evaluate_controls, with_controls
+from .records import Differentiated, LinearizedInParameters, Parameters, of_step
+from .tape import SolveState
+
+
+class MadeStep(eqx.Module):
+    """What the way back through a step needs of it: what is kept of the linearized
+    step, and what an output within the step may depend on.
+    """
+
+    kept: Sequence[Any]
+    y1: PyTree[Any]
+    dense_info: PyTree[Any]
+
+
+def make_step(
+    parameters: Parameters,
+    own: tuple[SolveState, list[PyTree[Any]]],
+    solver: diffrax.AbstractSolver,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    made_jump: BoolScalarLike,
+) -> tuple[tuple[Y, DenseInfo, PyTree[Any]], tuple[Y | None, diffrax.RESULTS]]:
+    """Makes a step from a state at its start and the controls over it. What has no
+    derivative is apart: the estimate of the error, and whether there was one.
+    """
+    state0, controls = own
+    args = parameters.args
+    terms = with_controls(parameters.terms, t0, t1, controls)
+    y1, y_error, dense_info, solver_state1, result = solver.step(
+        terms, t0, t1, state0.y, args, state0.solver_state, made_jump
+    )
+    return (y1, dense_info, solver_state1), (y_error, result)
+
+
+def linearize_step(parameters: Differentiated, *inputs: Any) -> LinearizedInParameters:
+    """`make_step`, traced for inputs as of `inputs_of_step`."""
+    return parameters.linearized(make_step, of_step, *inputs, has_aux=True)
+
+
+def inputs_of_step(
+    solver: diffrax.AbstractSolver,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    state0: SolveState,
+    controls: list[PyTree[Any]],
+    made_jump: BoolScalarLike,
+) -> tuple[Any, ...]:
+    """What `make_step` is given beside the parameters."""
+    return (state0, controls), solver, t0, t1, made_jump
+
+
+class LinearizedStep(eqx.Module):
+    """A step with respect to all that it depends on. If there `may_be_jumps`, it is not
+    known before whether one was made.
+    """
+
+    solver: diffrax.AbstractSolver
+    may_be_jumps: bool = eqx.field(static=True)
+    linearized: Linearized = eqx.field(static=True)
+
+    @staticmethod
+    def trace(
+        solver: diffrax.AbstractSolver,
+        terms: PyTree[diffrax.AbstractTerm],
+        args: Args,
+        state: State,
+        may_be_jumps: bool,
+    ) -> "LinearizedStep":
+        """Traces a step from `state`."""
+        t0, t1 = state.tprev, state.tnext
+        inputs = inputs_of_step(
+            solver,
+            t0,
+            t1,
+            SolveState(state.y, state.solver_state),
+            evaluate_controls(solver, terms, t0, t1),
+            jnp.array(False) if may_be_jumps else False,
+        )
+        linearized = linearize_step(_all_of(terms, args, ()), *inputs)
+        return LinearizedStep(solver, may_be_jumps, linearized.linearized)
+
+    def __call__(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        """As `solver.step`. Also returns the step."""
+        made_jump = jnp.asarray(made_jump) if self.may_be_jumps else False
+        state0 = SolveState(y0, solver_state)
+        controls = evaluate_controls(self.solver, terms, t0, t1)
+        inputs = inputs_of_step(self.solver, t0, t1, state0, controls, made_jump)
+        out, kept = self._with(_all_of(terms, args, ()))(*inputs)
+        (y1, dense_info, solver_state), (y_error, result) = out
+        made = MadeStep(kept, y1, dense_info)
+        return (y1, y_error, dense_info, solver_state, result), made
+
+    @property
+    def made_struct(self) -> MadeStep:
+        (y1, dense_info, _), _ = self.linearized.out_struct
+        return MadeStep(self.linearized.kept_structs, y1, dense_info)
+
+    def pull_back(
+        self,
+        parameters: Differentiated,
+        made: MadeStep,
+        grad_step: Any,
+        sums: Parameters,
+    ) -> tuple[Parameters, Any]:
+        """As `LinearizedInParameters.pull_back`, for those parameters that are
+        differentiated.
+        """
+        everything = _all_of(parameters.all.terms, parameters.all.args, parameters.axes)
+        given = Parameters(sums.terms, sums.args, [], [])
+        of_all = eqx.combine(given, zeros_like(everything.diff))
+        of_all, grad_own = self._with(everything).pull_back(
+            made.kept, grad_step, of_all
+        )
+        wanted = jtu.tree_map(
+            lambda x, y: None if x is None else y, given, of_all, is_leaf=_is_none
+        )
+        return dataclasses.replace(sums, terms=wanted.terms, args=wanted.args), grad_own
+
+    def _with(self, parameters: Differentiated) -> LinearizedInParameters:
+        return LinearizedInParameters(self.linearized, of_step, parameters)
+
+
+class KeepingSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+    """A solver the state of which has the last step too."""
+
+    solver: diffrax.AbstractSolver
+    linearized: LinearizedStep
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.solver.interpolation_cls
+
+    def init(self, terms, t0, t1, y0, args):
+        raise NotImplementedError
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        solver_state, _ = solver_state
+        out, made = self.linearized(terms, t0, t1, y0, args, solver_state, made_jump)
+        y1, y_error, dense_info, solver_state, result = out
+        return y1, y_error, dense_info, (solver_state, made), result
+
+
+_is_none = lambda x: x is None
+
+
+def _all_of(
+    terms: PyTree[diffrax.AbstractTerm], args: Args, axes: Axes
+) -> Differentiated:
+    parameters = Parameters(terms, args, [], [])
+    return Differentiated(*eqx.partition(parameters, eqx.is_inexact_array), axes)

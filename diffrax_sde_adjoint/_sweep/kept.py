@@ -1,0 +1,36 @@
+"""Going back through a solve whose forward solve kept what this needs of each step."""
+
+import functools
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int
+
+from .._forward.steps import LinearizedStep
+from .._forward.tape import Page
+from .sweep import Sweep, SweepState
+
+
+def pull_back_kept(
+    linearized_step: LinearizedStep, sweep: Sweep, page: Page, carry: SweepState
+) -> SweepState:
+    """Pulls cotangents back through the steps of a page."""
+
+    def pull_back(
+        k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
+    ) -> SweepState:
+        step = page.step(k, is_made)
+        made = jtu.tree_map(lambda x: x[page.first + k], page.made)
+        _, pull_back_controls = sweep.controls(step)
+        return sweep.pull_back(
+            step,
+            made.y1,
+            made.dense_info,
+            functools.partial(linearized_step.pull_back, sweep.parameters, made),
+            pull_back_controls,
+            carry,
+        )
+
+    if sweep.tape.steps_per_page == 1:
+        return pull_back(jnp.array(0), page.num_steps > 0, carry)
+    return sweep.backwards(page.num_steps, pull_back, carry)
