@@ -14,7 +14,7 @@ from .._autodiff.batched_vjp import Axes
 from .._autodiff.linearized import Linearized
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
 from .._misc import zeros_like
-from .._solver import AbstractForwardingSolver
+from .._solver import AbstractForwardingSolver, AbstractReversibleSolver
 from .._term.known_control import evaluate_controls, with_controls
 from .records import Differentiated, LinearizedInParameters, Parameters, of_step
 from .tape import SolveState
@@ -37,16 +37,22 @@ def make_step(
     t0: RealScalarLike,
     t1: RealScalarLike,
     made_jump: BoolScalarLike,
+    known_y1: Y | None,
 ) -> tuple[tuple[Y, DenseInfo, PyTree[Any]], tuple[Y | None, diffrax.RESULTS]]:
-    """Makes a step from a state at its start and the controls over it. What has no
-    derivative is apart: the estimate of the error, and whether there was one.
+    """Makes a step from a state at its start and the controls over it, or makes it
+    again, if it is known to end at `known_y1`. What has no derivative is apart: the
+    estimate of the error, and whether there was one.
     """
     state0, controls = own
     args = parameters.args
     terms = with_controls(parameters.terms, t0, t1, controls)
-    y1, y_error, dense_info, solver_state1, result = solver.step(
-        terms, t0, t1, state0.y, args, state0.solver_state, made_jump
-    )
+    inputs = (terms, t0, t1, state0.y, args, state0.solver_state, made_jump)
+    if known_y1 is None:
+        out = solver.step(*inputs)
+    else:
+        assert isinstance(solver, AbstractReversibleSolver)
+        out = solver.step_again(*inputs, known_y1)
+    y1, y_error, dense_info, solver_state1, result = out
     return (y1, dense_info, solver_state1), (y_error, result)
 
 
@@ -62,9 +68,10 @@ def inputs_of_step(
     state0: SolveState,
     controls: list[PyTree[Any]],
     made_jump: BoolScalarLike,
+    known_y1: Y | None = None,
 ) -> tuple[Any, ...]:
     """What `make_step` is given beside the parameters."""
-    return (state0, controls), solver, t0, t1, made_jump
+    return (state0, controls), solver, t0, t1, made_jump, known_y1
 
 
 class LinearizedStep(eqx.Module):

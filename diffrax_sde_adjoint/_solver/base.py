@@ -73,6 +73,38 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
         - A [`diffrax.RESULTS`][] saying whether the step could be undone.
         """
 
+    def step_again(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+        y1: Y,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, diffrax.RESULTS]:
+        """Make a step that has been undone, to differentiate it.
+
+        By default this is `step`. Where that evaluates the vector field at the end of
+        the step, as `backward_step` does, a method of your own may do so at `y1` rather
+        than where it comes to again, up to rounding. Then it is evaluated there once.
+
+        **Arguments:**
+
+        As for `step`, and
+
+        - `y1`: the value of the solution at `t1`. It has no derivative: the vector field
+            is to be evaluated at what has this value and the derivative of the end of
+            the step, as a `jax.custom_jvp` can return it.
+
+        **Returns:**
+
+        As `step` does.
+        """
+        del y1
+        return self.step(terms, t0, t1, y0, args, solver_state, made_jump)
+
 
 class AbstractForwardingSolver(diffrax.AbstractSolver[_SolverState]):
     """A solver that has the terms, the orders and the root finder of `solver`."""

@@ -13,8 +13,9 @@ from typing import ClassVar, TypeAlias
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y, is_sde
 from .._term.reversed import reversed_terms
@@ -142,11 +143,28 @@ class Reversible(
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, diffrax.RESULTS]:
+        return self.step_again(
+            terms, t0, t1, y0, args, solver_state, made_jump, y1=None
+        )
+
+    def step_again(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+        y1: Y,
+    ) -> tuple[Y, Y | None, DenseInfo, _SolverState, diffrax.RESULTS]:
         del made_jump
-        z0 = solver_state
+        known_y1, z0 = y1, solver_state
         change, y_error, result0 = self._change(terms, t0, t1, z0, args)
         couple = lambda y, z, dz: self.coupling * y + (1 - self.coupling) * z + dz
         y1 = jtu.tree_map(couple, y0, z0, change)
+        if known_y1 is not None:
+            y1 = jtu.tree_map(_at_value, y1, known_y1)
         change, _, result1 = self._change(reversed_terms(terms), t1, t0, y1, args)
         z1 = jtu.tree_map(lambda z, dy: z - dy, z0, change)
         result = diffrax.RESULTS.where(diffrax.is_okay(result0), result1, result0)
@@ -171,6 +189,18 @@ class Reversible(
         y0 = jtu.tree_map(decouple, y1, z0, change)
         result = diffrax.RESULTS.where(diffrax.is_okay(result1), result0, result1)
         return y0, dict(y0=y0, y1=y1), z0, result
+
+
+@jax.custom_jvp
+def _at_value(x: Array, value: Array) -> Array:
+    """`value`, with the derivative of `x`."""
+    del x
+    return value
+
+
+@_at_value.defjvp
+def _at_value_jvp(primals, tangents):
+    return primals[1], tangents[0]
 
 
 Reversible.__init__.__doc__ = """**Arguments:**

@@ -41,7 +41,13 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         # elsewhere, the vector field may not be defined.
         state0 = where_active(is_made, state0, carry.state, sweep.axes)
         inputs = inputs_of_step(
-            solver, step.t0, step.t1, state0, controls, step.made_jump
+            solver,
+            step.t0,
+            step.t1,
+            state0,
+            controls,
+            step.made_jump,
+            known_y1=carry.state.y,
         )
         linearized = linearize_step(sweep.parameters, *inputs)
         ((_, dense_info, _), _), kept = linearized(*inputs)

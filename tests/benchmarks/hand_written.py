@@ -134,24 +134,32 @@ def _heun(model, t0, t1, y0, params, control):
 
 
 def nested_scans(model: Model, num_steps: int) -> Loss:
-    """Heun steps, to be differentiated by JAX, which keeps every hundredth state or so,
-    and those of a hundred steps.
+    """Heun steps, to be differentiated by JAX, which keeps every so-manieth state, and
+    what it needs of as many steps.
     """
     length = round(num_steps**0.5)
     assert length**2 == num_steps
+    return _scan_of_heun(model, num_steps, length)
 
+
+def scan_of_heun(model: Model, num_steps: int) -> Loss:
+    """Heun steps, to be differentiated by JAX, which keeps what it needs of each."""
+    return _scan_of_heun(model, num_steps, None)
+
+
+def _scan_of_heun(model: Model, num_steps: int, length: int | None) -> Loss:
     def loss(params, y0, key):
         def step(y, i):
             control = _control(key, i, num_steps, y0)
             t0, t1 = (_time(j, num_steps, y0) for j in (i, i + 1))
             return _heun(model, t0, t1, y, params, control), None
 
-        @jax.checkpoint
-        def segment(y, indices):
-            return lax.scan(jax.checkpoint(step), y, indices)
-
-        indices = jnp.arange(num_steps).reshape(length, length)
-        y, _ = lax.scan(segment, y0, indices)
+        indices = jnp.arange(num_steps)
+        if length is None:
+            y, _ = lax.scan(step, y0, indices)
+        else:
+            segment = jax.checkpoint(lambda y, indices: lax.scan(step, y, indices))
+            y, _ = lax.scan(segment, y0, indices.reshape(length, length))
         return model.loss_of_final(y)
 
     return loss

@@ -128,10 +128,15 @@ def _virtual_brownian_tree(
     return diffrax.VirtualBrownianTree(zero, one, size.dt / 2, struct, key)
 
 
-def ours(size: Size, vmapped: bool) -> Loss:
-    return diffrax_loss(
-        size, vmapped, _brownian_interval, ReversibleHeun(), StochasticAdjoint()
-    )
+def ours(
+    size: Size,
+    vmapped: bool,
+    solver: diffrax.AbstractSolver | None = None,
+    **kwargs: Any,
+) -> Loss:
+    solver = ReversibleHeun() if solver is None else solver
+    adjoint = StochasticAdjoint(**kwargs)
+    return diffrax_loss(size, vmapped, _brownian_interval, solver, adjoint)
 
 
 def default(size: Size, vmapped: bool, solver: diffrax.AbstractSolver) -> Loss:
