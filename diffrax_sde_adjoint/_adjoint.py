@@ -54,7 +54,7 @@ def _pages_of_kept_steps(size_of_state: int, size_of_step: int) -> int:
 
 
 class StochasticAdjoint(diffrax.AbstractAdjoint):
-    """Backpropagate through [`diffrax.diffeqsolve`][], exactly, and fast.
+    r"""Backpropagate through [`diffrax.diffeqsolve`][], exactly, and fast.
 
     ```python
     diffeqsolve(..., adjoint=StochasticAdjoint())
@@ -63,22 +63,41 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     Gradients are those of the numerical solution, as for
     [`diffrax.RecursiveCheckpointAdjoint`][] and up to rounding equal to its, for every
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
-    There are two [ways back](../how_it_works/stochastic_adjoint.md) through a solve:
+    There are three [ways back](../how_it_works/stochastic_adjoint.md) through a solve.
+    In evaluations of the vector field for each stage of a step, with $N$ for
+    `max_steps`, a state of size $S$, and $R$ for what a VJP needs of a step (such as
+    the activations of a network):
+
+    | | evaluations | memory |
+    | - | - | - |
+    | undoing steps | 4 | $S$ and $R$ |
+    | making steps again | 4 | $2 \sqrt{N S R}$ |
+    | `store_all=True` | 3 | $N R$ |
 
     - *Undoing its steps*, with any [`diffrax_sde_adjoint.AbstractReversibleSolver`][],
         such as [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs (which
         also takes the place of diffrax's). Memory does not grow with the number of
         steps, except for the time of each of `max_steps` (4 bytes in float32, twice
-        that if there can be jumps).
+        that if there can be jumps). It takes five evaluations if they are undone at
+        other points, as those of [`diffrax_sde_adjoint.EES25`][] are.
     - *Making its steps again*, with any other solver, from states that were kept every
-        `checkpoint_every` steps. This holds
-        `max_steps / checkpoint_every + checkpoint_every` states, and the noise of
-        `checkpoint_every` steps.
+        `checkpoint_every` steps. This holds `max_steps / checkpoint_every` states, and
+        what is needed of `checkpoint_every` steps. By default that is as little as can
+        be: where a step needs far more than a state, all states are kept, and no step
+        is made again but to differentiate it.
+    - *Keeping what is needed of each step*, with any solver, by `store_all=True`, where
+        memory is no concern. `max_steps` is to be what is needed, as memory is
+        allocated for so many steps.
 
-    Going back through a step costs undoing it or making it again, and one VJP of it.
+    One evaluation is that of the solve, and two are the transposes of a VJP. What is
+    indexed by time, such as the context of a latent SDE or the series that drives a
+    controlled differential equation, adds nothing to a step by its length.
+
     Brownian paths have to give the same value when queried again, as
-    [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of stochastic
-    Runge-Kutta methods are written out, which is faster than diffrax's loop.
+    [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of explicit
+    Runge-Kutta methods are written out, which is faster than diffrax's loop. Those of
+    implicit ones are not, and are evaluated once more; so is what has a derivative in
+    reverse mode only, as every `jax.custom_vjp` does.
 
     It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
     undoing steps misses where the solve had been by what is worth more than 6e-6
@@ -122,6 +141,11 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
     def __check_init__(self):
         check_checkpoint_every("StochasticAdjoint", self.checkpoint_every)
+        if self.store_all and self.checkpoint_every is not None:
+            raise ValueError(
+                "`StochasticAdjoint(store_all=True)` keeps what is needed of every "
+                "step, and does not take `checkpoint_every`. Pass one of the two."
+            )
 
     def loop(
         self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
@@ -162,10 +186,13 @@ StochasticAdjoint.__init__.__doc__ = """**Arguments:**
 
 - `checkpoint_every`: keep the state of the solve every so many accepted steps. With a
     solver whose steps can be undone, this bounds for how long rounding errors can grow;
-    by default nothing is kept. With other solvers every value takes the same time; by
-    default it is the square root of `max_steps`, which takes the least memory.
+    by default nothing is kept. With other solvers every value takes the same number of
+    evaluations; by default it is what takes the least memory.
+- `store_all`: keep what is needed of every step, and neither undo steps nor make them
+    again.
 
 **Raises:**
 
-`ValueError` if `checkpoint_every` is not a positive integer.
+`ValueError` if `checkpoint_every` is not a positive integer, or passed with
+`store_all`.
 """

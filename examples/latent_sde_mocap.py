@@ -200,7 +200,7 @@ def infer(
         y0,
         args=(model, context, recipe.floor),
         saveat=SaveAt(ts=ts),
-        adjoint=StochasticAdjoint(),
+        adjoint=StochasticAdjoint(store_all=True),
         max_steps=recipe.substeps * num_frames,
     )
     assert sol.ys is not None

@@ -197,7 +197,7 @@ def solve(drift, times: int, y0, args, key: PRNGKeyArray, make_terms=lambda x: x
         y0,
         args,
         saveat=SaveAt(ts=jnp.linspace(0, 1, times, dtype=float32)),
-        adjoint=StochasticAdjoint(),
+        adjoint=StochasticAdjoint(store_all=True),
         max_steps=SUBSTEPS * times,
     )
     assert sol.ys is not None

@@ -31,6 +31,7 @@ from diffrax import (
     AbstractPath,
     AbstractSolver,
     AbstractTerm,
+    LinearInterpolation,
     Midpoint,
     MultiTerm,
     ODETerm,
@@ -137,14 +138,12 @@ def brownian_interval(t0, t1, shape, key: PRNGKeyArray) -> AbstractPath:
 
 
 class Method(NamedTuple):
-    """How both equations are solved and differentiated.
-
-    Some states are kept, as 63 steps of reversible Heun cannot be undone with single
-    precision: `StochasticAdjoint` would raise an error.
+    """How both equations are solved and differentiated. They are short, so memory is no
+    concern; and 63 steps of reversible Heun could not be undone in single precision.
     """
 
     solver: AbstractSolver = ReversibleHeun()
-    adjoint: AbstractAdjoint = StochasticAdjoint(checkpoint_every=16)
+    adjoint: AbstractAdjoint = StochasticAdjoint(store_all=True)
     brownian: Callable[..., AbstractPath] = brownian_interval
 
 
@@ -226,27 +225,6 @@ class FieldTerm(AbstractTerm):
         return sum(x * control[:, i : i + 1] for i, x in enumerate(columns))
 
 
-class SeriesPath(AbstractPath):
-    """Series, for steps from each of their points to the next. For other steps, there
-    is `diffrax.LinearInterpolation`, whose derivative costs more.
-    """
-
-    increments: Float[Array, "steps batch dim"]
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-
-    def __init__(self, series: Float[Array, "num times dim"]):
-        self.increments = jnp.swapaxes(jnp.diff(series, axis=1), 0, 1)
-        ts = times()
-        self.t0, self.t1 = ts[0], ts[-1]
-
-    def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        if t1 is None:
-            raise NotImplementedError("There are only increments of series.")
-        del left, use_levy
-        return self.increments[jnp.round(t0).astype(int)]
-
-
 def make_generator(dim: int, key: PRNGKeyArray) -> NeuralDE:
     """The network of the start has larger weights, so that series start about as far
     apart as those of the data do.
@@ -284,7 +262,8 @@ def criticise(
     """A number for each of the series: what the critic has made of its start, and of
     the whole.
     """
-    saved = critic(series[:, 0], SeriesPath(series), SaveAt(t0=True, t1=True), method)
+    path = LinearInterpolation(times(), jnp.swapaxes(series, 0, 1))
+    saved = critic(series[:, 0], path, SaveAt(t0=True, t1=True), method)
     return jnp.sum(saved[..., 0], axis=0)
 
 

@@ -399,6 +399,22 @@ def test_make_primitive():
         )
 
 
+def test_bind():
+    """Also of equations that have functions among their parameters."""
+
+    def fn(x):
+        return jax.lax.scan(lambda y, _: (jax.nn.relu(x - y), None), x, length=2)[0]
+
+    (*_, equation) = jax.make_jaxpr(fn)(0.5).jaxpr.eqns
+    values = [jnp.asarray(0.5) for _ in equation.invars]
+    with compat.in_context_of(equation):
+        out = compat.bind(equation, values)
+    assert len(out) == len(equation.outvars) and out[0] == 0.5, (
+        "An equation of a jaxpr is no longer evaluated by `primitive.bind` with "
+        "`primitive.get_bind_params(equation.params)` in `equation.ctx.manager`."
+    )
+
+
 def test_symbolic_zero():
     """A rule is told of tangents that are zero, and may say that one is."""
     found = []

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._misc import num_bytes
 from .batched_vjp import Axes, pull_back
 from .jaxprs import (
     dependent,
@@ -34,6 +35,8 @@ _in_reverse_only = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 # What these return is found again, if their inputs are kept for something else.
 _cheap = frozenset("add add_any integer_pow mul neg select_n square sub".split())
+# How many of these, one after another.
+_max_depth = 4
 # The inputs of these are kept instead of what they return.
 _views = frozenset("broadcast_in_dim copy reshape squeeze transpose".split())
 
@@ -248,17 +251,25 @@ def _to_keep(
     name_of = lambda x: made_by[x].primitive.name if x in made_by else None
     inputs_of = lambda x: [y for y in variables_of(made_by[x].invars) if y in varying]
 
-    def behind_views(x):
-        while name_of(x) in _views and len(inputs_of(x)) == 1:
-            (x,) = inputs_of(x)
-        return x
+    def sources(x, depth=0):
+        """What `x` is made of at no cost."""
+        is_view, is_cheap = name_of(x) in _views, name_of(x) in _cheap
+        if not is_view and (not is_cheap or depth == _max_depth):
+            return {x}
+        found = [sources(y, depth + is_cheap) for y in inputs_of(x)]
+        return set().union(*found)
 
-    kept = {behind_views(x) for x in variables_of(residuals) if x in varying}
+    size = lambda xs: sum(num_bytes(_struct(x.aval)) for x in xs)
+    kept = set()
+    for x in variables_of(residuals):
+        if x in varying:
+            is_smaller = name_of(x) in _views or size(sources(x)) < size([x])
+            kept.update(sources(x) if is_smaller else {x})
 
     def can_be_found(x, depth=0):
         if x in kept:
             return True
-        is_cheap = name_of(x) in _cheap | _views and depth < 4
+        is_cheap = name_of(x) in _cheap | _views and depth < _max_depth
         return is_cheap and all(can_be_found(y, depth + 1) for y in inputs_of(x))
 
     # What was computed last first.

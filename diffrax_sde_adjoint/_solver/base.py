@@ -94,9 +94,9 @@ class AbstractReversibleSolver(diffrax.AbstractSolver[_SolverState]):
 
         As for `step`, and
 
-        - `y1`: the value of the solution at `t1`. It has no derivative: the vector field
-            is to be evaluated at what has this value and the derivative of the end of
-            the step, as a `jax.custom_jvp` can return it.
+        - `y1`: the value of the solution at `t1`. It has no derivative: the vector
+            field is to be evaluated at what has this value and the derivative of the
+            end of the step, as a `jax.custom_jvp` can return it.
 
         **Returns:**
 

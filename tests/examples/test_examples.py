@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.stats
-from diffrax import DirectAdjoint, LinearInterpolation, Midpoint
+from diffrax import DirectAdjoint, Midpoint
 
 from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
@@ -240,16 +240,6 @@ def test_sde_gan_with_a_penalty(example, tmp_path):
     assert np.isfinite(scores["loss: last 10 steps"])
     resumed = gan.main(**settings, resume=tmp_path / "train_20.eqx")
     assert resumed == scores
-
-
-def test_path_of_series(example):
-    gan = example("sde_gan")
-    series = jr.normal(jr.key(0), (3, gan.TIMES, 2), jnp.float32)
-    path = gan.SeriesPath(series)
-    line = LinearInterpolation(gan.times(), jnp.swapaxes(series, 0, 1))
-    for t0, t1 in zip(gan.times(), gan.times()[1:], strict=False):
-        expected = line.evaluate(t0, t1)
-        assert jnp.allclose(path.evaluate(t0, t1), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_averages_of_generators(example):
