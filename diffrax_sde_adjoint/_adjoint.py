@@ -38,19 +38,24 @@ _no_second_derivative = (
 _steps_per_page = 63
 
 
+# In bytes, of what is kept of a step: no memory to speak of.
+_small_step = 64
+
+
 def _pages_of_replayed_steps(
     max_steps: int, size_of_state: int, size_of_step: int
 ) -> int:
     """For the least memory: of the states at the starts of pages, and of what is kept
-    of the steps of one.
+    of the steps of one. For the least time, if both are small.
     """
-    best = math.sqrt(max_steps * size_of_state / max(size_of_step, 1))
-    return min(max(round(best), 1), max_steps)
+    ratio = size_of_state / max(size_of_step, 1) if size_of_step > _small_step else 1
+    return min(max(round(math.sqrt(max_steps * ratio)), 1), max_steps)
 
 
 def _pages_of_kept_steps(size_of_state: int, size_of_step: int) -> int:
     """One step each, so that what is kept is written once, if it is not small."""
-    return _steps_per_page if size_of_step <= 64 else 1
+    del size_of_state
+    return _steps_per_page if size_of_step <= _small_step else 1
 
 
 class StochasticAdjoint(diffrax.AbstractAdjoint):
@@ -65,14 +70,17 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
     There are three [ways back](../how_it_works/stochastic_adjoint.md) through a solve.
     In evaluations of the vector field for each stage of a step, with $N$ for
-    `max_steps`, a state of size $S$, and $R$ for what a VJP needs of a step (such as
-    the activations of a network):
+    `max_steps`, a state of size $S$, and $R$ for what the derivative of a step needs,
+    such as the activations of a network (all of a batch):
 
-    | | evaluations | memory |
+    | | evaluations | memory, beside $S + R$ |
     | - | - | - |
-    | undoing steps | 4 | $S$ and $R$ |
-    | making steps again | 4 | $2 \sqrt{N S R}$ |
+    | undoing steps | 4 | none |
+    | making steps again | 4 | $2 \sqrt{N S R}$, at most $N S$ |
     | `store_all=True` | 3 | $N R$ |
+
+    Of the evaluations, one is that of the solve, two are for the transpose of the
+    derivative, and the fourth is at the states that were found again.
 
     - *Undoing its steps*, with any [`diffrax_sde_adjoint.AbstractReversibleSolver`][],
         such as [`diffrax_sde_adjoint.ReversibleHeun`][] for Stratonovich SDEs (which
@@ -82,16 +90,16 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         other points, as those of [`diffrax_sde_adjoint.EES25`][] are.
     - *Making its steps again*, with any other solver, from states that were kept every
         `checkpoint_every` steps. This holds `max_steps / checkpoint_every` states, and
-        what is needed of `checkpoint_every` steps. By default that is as little as can
-        be: where a step needs far more than a state, all states are kept, and no step
-        is made again but to differentiate it.
+        what is needed of `checkpoint_every` steps; by default, the least memory. Where
+        a step needs far more than a state, as with large networks, that is to keep the
+        state before each step.
     - *Keeping what is needed of each step*, with any solver, by `store_all=True`, where
-        memory is no concern. `max_steps` is to be what is needed, as memory is
-        allocated for so many steps.
+        memory is no concern. `max_steps` should be about the number of steps, as memory
+        is allocated for so many; diffrax's default is 4096.
 
-    One evaluation is that of the solve, and two are the transposes of a VJP. What is
-    indexed by time, such as the context of a latent SDE or the series that drives a
-    controlled differential equation, adds nothing to a step by its length.
+    An array of `args` or `terms` that is indexed by time, such as the context of a
+    latent SDE or the series that drives a controlled differential equation, adds
+    nothing to a step by its length.
 
     Brownian paths have to give the same value when queried again, as
     [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of explicit

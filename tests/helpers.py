@@ -222,13 +222,13 @@ def summed_vjp(
     arrays, with those of `shared` summed over `axes`.
     """
     diff, constant = eqx.partition(shared, eqx.is_inexact_array)
-    of_inputs = lambda x: fn(eqx.combine(x.shared, x.constant), x.own, x.varying)
+    of_inputs = lambda x: fn(eqx.combine(x.shared, x.constant), x.own, x.given)
     inputs = Inputs(diff, constant, own, fixed)
     linearized = Linearized(of_inputs, inputs, has_aux=False)
     out, kept = linearized(inputs)
 
     def pull_back(cotangents):
         zeros = jtu.tree_map(jnp.zeros_like, diff)
-        return linearized.pull_back(axes, diff, constant, kept, cotangents, zeros)
+        return linearized.pull_back(axes, inputs, kept, cotangents, zeros)
 
     return out, pull_back

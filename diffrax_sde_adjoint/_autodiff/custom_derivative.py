@@ -5,7 +5,7 @@ each by itself. So here a function with a rule for its derivative is a JAX primi
 and its batching rule is to become that primitive with one more axis. When it is
 differentiated, it is known over which axes it had been batched by then, which are the
 axes to sum over. The rule is evaluated under a `jax.vmap` over each, and finds the
-gradient of a shared parameter with `vjp` of `batched_vjp.py`.
+gradient of a shared parameter with `pull_back` of `batched_vjp.py`.
 
 Axes that come after differentiation, as in `vmap(grad(solve))`, are JAX's own affair.
 There the gradients of the elements are kept apart, as they should be.

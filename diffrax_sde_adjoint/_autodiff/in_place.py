@@ -93,6 +93,10 @@ def _add_at_gather(x, grad, indices, *, dimension_numbers, mode, **params: Any):
 
 
 def _add_at_dynamic_slice(x, grad, *starts, slice_sizes, **_):
+    # As the primitive does, of which `lax.dynamic_slice` counts negative ones from the
+    # end before.
+    last = [n - size for n, size in zip(x.shape, slice_sizes, strict=True)]
+    starts = [jnp.clip(start, 0, n) for start, n in zip(starts, last, strict=True)]
     old = lax.dynamic_slice(x, starts, slice_sizes)
     return lax.dynamic_update_slice(x, old + grad, starts)
 

@@ -5,6 +5,7 @@ Between the two there are *residuals*: what the second part needs of the first, 
 the slopes of activation functions. If they are kept, pulling back costs no evaluation.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,10 @@ from .jaxprs import (
 )
 
 
-# These have no derivative in forward mode.
-_in_reverse_only = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+# These have no derivative in forward mode, the last of them by `with_derivative`; and
+# such are the derivatives of what is in the rule of a `jax.custom_jvp`.
+_in_reverse_only = {"custom_vjp_call", "custom_vjp_call_jaxpr", "with_derivative"}
+_to_be_transposed_only = {"custom_lin", "in_reverse"}
 
 # What these return is found again, if their inputs are kept for something else.
 _cheap = frozenset("add add_any integer_pow mul neg select_n square sub".split())
@@ -43,30 +46,30 @@ _views = frozenset("broadcast_in_dim copy reshape squeeze transpose".split())
 
 class Inputs(NamedTuple):
     """What a function is called with: `shared` arrays, which are differentiated, and
-    what is `constant`, both the same in all calls; and `own`, whose inexact arrays are
-    differentiated, and what is `varying`.
+    what is `constant`, both the same in all calls; `own`, whose inexact arrays are
+    differentiated; and what is `given` again when cotangents are pulled back.
     """
 
     shared: PyTree[Array | None]
     constant: Any
     own: Any
-    varying: Any
+    given: Any
 
 
 def _partition(inputs: Inputs) -> tuple[PyTree[Array | None], Any]:
-    """The arrays, with those of `own` that are not differentiated in the last of four
-    parts; and all else.
+    """The arrays in five parts: `own` is two, of which the second is not differentiated
+    and comes last; and all else.
     """
     own, own_rest = eqx.partition(inputs.own, eqx.is_inexact_array)
-    rest = (inputs.constant, (own_rest, inputs.varying))
+    rest = (inputs.constant, inputs.given, own_rest)
     dynamic, static = eqx.partition(rest, eqx.is_array)
     return (inputs.shared, own, *dynamic), static
 
 
 def _combine(arrays: PyTree[Array | None], static: Any) -> Inputs:
     shared, own, *dynamic = arrays
-    constant, (own_rest, varying) = eqx.combine(tuple(dynamic), static)
-    return Inputs(shared, constant, eqx.combine(own, own_rest), varying)
+    constant, given, own_rest = eqx.combine(tuple(dynamic), static)
+    return Inputs(shared, constant, eqx.combine(own, own_rest), given)
 
 
 class Linearized:
@@ -74,7 +77,8 @@ class Linearized:
     arrays by closure. If it `has_aux`, it returns two things, and the second one has no
     derivative.
 
-    What is to be kept are residuals that vary, or what they are found from at no cost.
+    What is to be kept are residuals that vary, or what they are found from at no cost,
+    but for what is given again.
     A function that has no derivative in forward mode is evaluated again when cotangents
     are pulled back, so its residuals are its inputs.
     """
@@ -96,30 +100,27 @@ class Linearized:
         jaxpr = without_jits(array_fn, *arrays)
         assert static_out is not None
         self._static_out, self._out_treedef, is_differentiated = static_out
-        self._out_avals = jaxpr.out_avals
         self._own_treedef = jtu.tree_structure(arrays[1])
-        num_shared, num_own, num_constant, _ = (len(jtu.tree_leaves(x)) for x in arrays)
-        self._is_linear = set(_in_reverse_only).isdisjoint(primitives(jaxpr.jaxpr))
-        prepare = _linearize if self._is_linear else _evaluated_again
-        self._jaxpr, self._fn = prepare(jaxpr, is_differentiated, num_shared, num_own)
+        lengths = [len(jtu.tree_leaves(x)) for x in arrays]
+        num_shared, num_own, *_ = lengths
+        sizes = (is_differentiated, num_shared, num_own)
+        found = None
+        if _in_reverse_only.isdisjoint(primitives(jaxpr.jaxpr)):
+            found = _linearize(jaxpr, *sizes)
+        self._is_linear = found is not None
+        self._jaxpr, self._fn = found or _evaluated_again(jaxpr, *sizes)
         equations, invars = self._jaxpr.jaxpr.eqns, self._jaxpr.jaxpr.invars
-        ends = num_shared, num_shared + num_own, num_shared + num_own + num_constant
-        self._own = invars[ends[0] : ends[1]]
-        self._constants = invars[: ends[0]] + invars[ends[1] : ends[2]]
-        varying = dependent(equations, self._own + invars[ends[2] :])
-        self._residuals = self._jaxpr.jaxpr.outvars[len(jaxpr.out_avals) :]
-        self._kept = _to_keep(equations, self._residuals, varying)
-        known = {*self._kept, *self._constants, *self._jaxpr.jaxpr.constvars}
+        ends = list(itertools.accumulate(lengths))
+        shared, self._own, constant, given, own_rest = (
+            invars[end - length : end]
+            for end, length in zip(ends, lengths, strict=True)
+        )
+        self._known_again = [*shared, *constant, *given]
+        varying = dependent(equations, [*self._own, *own_rest, *given])
+        self._residuals = self._jaxpr.jaxpr.outvars[self._out_treedef.num_leaves :]
+        self._kept = _to_keep(self._jaxpr.jaxpr, self._residuals, varying, given)
+        known = {*self._kept, *self._known_again, *self._jaxpr.jaxpr.constvars}
         self._found_again = needed(equations, self._residuals, known)
-
-    @property
-    def out_struct(self) -> Any:
-        """What it returns, with structs for arrays."""
-        structs = map(_struct, self._out_avals)
-        dynamic = jtu.tree_unflatten(self._out_treedef, structs)
-        is_none = lambda x: x is None
-        pick = lambda x, y: y if x is None else x
-        return jtu.tree_map(pick, dynamic, self._static_out, is_leaf=is_none)
 
     @property
     def kept_structs(self) -> list[jax.ShapeDtypeStruct]:
@@ -137,8 +138,7 @@ class Linearized:
     def pull_back(
         self,
         axes: Axes,
-        shared: PyTree[Array | None],
-        constant: Any,
+        inputs: Inputs,
         kept: Sequence[Array],
         cotangents: PyTree[Array | None],
         sums: PyTree[Array | None],
@@ -146,32 +146,52 @@ class Linearized:
         """`sums`, with the cotangents of `shared` added; and those of the inexact
         arrays of `own`: from those of the inexact arrays of the result (of the first
         one, if it `has_aux`). The former are sums over all `axes` over which an array
-        is not batched.
+        is not batched. Where a sum is `None`, the cotangent is not wanted.
 
-        Over each of the axes something must be batched, such as the cotangents.
+        Of the `inputs`, `own` does not matter. Over each of the axes something must be
+        batched, such as the cotangents.
         """
-        if len(self._own) == 0 and len(jtu.tree_leaves(shared)) == 0:
+        leaves, treedef = jtu.tree_flatten(inputs.shared)
+        all_sums = treedef.flatten_up_to(sums)
+        wanted = [i for i, x in enumerate(all_sums) if x is not None]
+        if len(self._own) == 0 and len(wanted) == 0:
             return sums, jtu.tree_unflatten(self._own_treedef, ())
-        constants = jtu.tree_leaves((shared, eqx.filter(constant, eqx.is_array)))
-        values = self._known([*self._constants, *self._kept], [*constants, *kept])
+        rest = eqx.filter((inputs.constant, inputs.given), eqx.is_array)
+        known = [*leaves, *jtu.tree_leaves(rest)]
+        values = self._known([*self._known_again, *self._kept], [*known, *kept])
         evaluate_equations(self._found_again, values)
+        residuals = list(map(jnp.asarray, read(self._residuals, values)))
+        others = [i for i in range(len(leaves)) if i not in wanted]
         if self._is_linear:
-            own = [jnp.zeros(x.aval.shape, x.aval.dtype) for x in self._own]
+            own = [_zeros(x) for x in self._own]
         else:
             own = read(self._own, values)
-        sums, treedef = jtu.tree_flatten(sums)
-        sums, grads = pull_back(
-            self._fn,
+            residuals = [*(leaves[i] for i in others), *residuals]
+
+        def fn(of_wanted, own, residuals):
+            if self._is_linear:
+                of_others = [_zeros(self._jaxpr.jaxpr.invars[i]) for i in others]
+            else:
+                of_others = residuals[: len(others)]
+                residuals = residuals[len(others) :]
+            pairs = zip([*wanted, *others], [*of_wanted, *of_others], strict=True)
+            shared = [x for _, x in sorted(pairs, key=lambda pair: pair[0])]
+            return self._fn(shared, own, residuals)
+
+        new_sums, grads = pull_back(
+            fn,
             axes,
-            jtu.tree_leaves(shared),
+            [leaves[i] for i in wanted],
             own,
-            list(map(jnp.asarray, read(self._residuals, values))),
+            residuals,
             jtu.tree_leaves(cotangents),
-            sums,
+            [all_sums[i] for i in wanted],
             is_linear=self._is_linear,
         )
+        for i, x in zip(wanted, new_sums, strict=True):
+            all_sums[i] = x
         return (
-            jtu.tree_unflatten(treedef, sums),
+            jtu.tree_unflatten(treedef, all_sums),
             jtu.tree_unflatten(self._own_treedef, grads),
         )
 
@@ -180,6 +200,10 @@ class Linearized:
         values = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
         values.update(zip(variables, arrays, strict=True))
         return values
+
+
+def _zeros(variable: Any) -> Array:
+    return jnp.zeros(variable.aval.shape, variable.aval.dtype)
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
@@ -191,12 +215,12 @@ def _linearize(
     is_differentiated: Sequence[bool],
     num_shared: int,
     num_own: int,
-) -> tuple[jex.core.ClosedJaxpr, Callable[..., list[Array]]]:
+) -> tuple[jex.core.ClosedJaxpr, Callable[..., list[Array]]] | None:
     """The jaxpr with residuals as further outputs, and the derivative of its first
     outputs, if they have one, as a function of the tangents of its first inputs and the
-    residuals.
+    residuals. `None` if this derivative can only be transposed.
     """
-    linear = None
+    linear: Any = None
 
     def linearized(*args):
         nonlocal linear
@@ -208,16 +232,24 @@ def _linearize(
             return [jnp.asarray(x) for x, b in pairs if b], out
 
         _, tangents_out, out = jax.linearize(of_diff, *diff, has_aux=True)
-        linear = without_addends(without_jits(tangents_out, *diff))
-        return [*out, *linear.consts]
+        closed = without_addends(without_jits(tangents_out, *diff))
+        inner = closed.jaxpr
+        # Without its constants, which are of this trace.
+        linear = (inner.constvars, inner.invars, inner.eqns, inner.outvars)
+        is_evaluable = _to_be_transposed_only.isdisjoint(primitives(inner))
+        linear = linear if is_evaluable else None
+        return [*out, *closed.consts]
 
     with_residuals = jax.make_jaxpr(linearized)(*jaxpr.in_avals)
-    assert linear is not None
-    linear_jaxpr = linear.jaxpr
+    if linear is None:
+        return None
+    constvars, invars, equations, outvars = linear
 
     def tangents_out(shared, own, residuals):
-        closed_jaxpr = jex.core.ClosedJaxpr(linear_jaxpr, residuals)
-        return list(map(jnp.asarray, evaluate(closed_jaxpr, *shared, *own)))
+        values = dict(zip(constvars, residuals, strict=True))
+        values.update(zip(invars, [*shared, *own], strict=True))
+        evaluate_equations(equations, values)
+        return list(map(jnp.asarray, read(outvars, values)))
 
     return with_residuals, tangents_out
 
@@ -228,8 +260,8 @@ def _evaluated_again(
     num_shared: int,
     num_own: int,
 ) -> tuple[jex.core.ClosedJaxpr, Callable[..., list[Array]]]:
-    """The same for what is evaluated again: its residuals are its other inputs, and the
-    function is what it is itself.
+    """The same for what is evaluated again: its residuals are all inputs that are not
+    shared, and the function is what it is itself. It is given its own inputs apart.
     """
 
     def with_inputs(*args):
@@ -244,15 +276,21 @@ def _evaluated_again(
 
 
 def _to_keep(
-    equations: Sequence[Any], residuals: Sequence[Any], varying: set[Any]
+    jaxpr: jex.core.Jaxpr,
+    residuals: Sequence[Any],
+    varying: set[Any],
+    given: Sequence[Any],
 ) -> list[Any]:
-    """What varies that `residuals` can be found from at no cost."""
+    """What varies that `residuals` can be found from at no cost, with what is given."""
+    equations = jaxpr.eqns
     made_by = {x: equation for equation in equations for x in equation.outvars}
     name_of = lambda x: made_by[x].primitive.name if x in made_by else None
     inputs_of = lambda x: [y for y in variables_of(made_by[x].invars) if y in varying]
 
     def sources(x, depth=0):
         """What `x` is made of at no cost."""
+        if x in given:
+            return set()
         is_view, is_cheap = name_of(x) in _views, name_of(x) in _cheap
         if not is_view and (not is_cheap or depth == _max_depth):
             return {x}
@@ -263,11 +301,13 @@ def _to_keep(
     kept = set()
     for x in variables_of(residuals):
         if x in varying:
-            is_smaller = name_of(x) in _views or size(sources(x)) < size([x])
+            is_smaller = (
+                x in given or name_of(x) in _views or size(sources(x)) < size([x])
+            )
             kept.update(sources(x) if is_smaller else {x})
 
     def can_be_found(x, depth=0):
-        if x in kept:
+        if x in kept or x in given:
             return True
         is_cheap = name_of(x) in _cheap | _views and depth < _max_depth
         return is_cheap and all(can_be_found(y, depth + 1) for y in inputs_of(x))
@@ -278,5 +318,5 @@ def _to_keep(
             kept.remove(x)
             if name_of(x) not in _cheap or not can_be_found(x):
                 kept.add(x)
-    order = {x: i for i, x in enumerate([*made_by])}
-    return sorted(kept, key=lambda x: order.get(x, -1))
+    order = {x: i for i, x in enumerate([*jaxpr.invars, *made_by])}
+    return sorted(kept, key=order.__getitem__)

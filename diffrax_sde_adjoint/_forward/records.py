@@ -65,7 +65,7 @@ class Differentiated(eqx.Module):
 
         def of_inputs(inputs: Inputs) -> Any:
             parameters = eqx.combine(inputs.shared, inputs.constant)
-            return fn(parameters, inputs.own, *inputs.varying)
+            return fn(parameters, inputs.own, *inputs.given)
 
         inputs = self._inputs(which, own, fixed)
         return LinearizedInParameters(
@@ -85,7 +85,7 @@ class Differentiated(eqx.Module):
         """
         linearized = self.linearized(fn, which, own, *fixed)
         out, kept = linearized(own, *fixed)
-        return out, functools.partial(linearized.pull_back, kept)
+        return out, functools.partial(linearized.pull_back, kept, fixed)
 
     def summed(self, grads: Parameters) -> Parameters:
         """The cotangents of each element of a batch, as sums over `axes`."""
@@ -111,20 +111,15 @@ class LinearizedInParameters(NamedTuple):
         return self.linearized(self.parameters._inputs(self.which, own, fixed))
 
     def pull_back(
-        self, kept: Sequence[Array], cotangents: Any, sums: Parameters
+        self, kept: Sequence[Array], fixed: Any, cotangents: Any, sums: Parameters
     ) -> tuple[Parameters, Any]:
         """`sums`, with the cotangents of the parameters added, and those of `own`, from
         those of the inexact arrays of the result.
         """
-        inputs = self.parameters._inputs(self.which, None, None)
+        inputs = self.parameters._inputs(self.which, None, fixed)
         sums, others = eqx.partition(sums, self.which)
         sums, grad_own = self.linearized.pull_back(
-            self.parameters.axes,
-            inputs.shared,
-            inputs.constant,
-            kept,
-            cotangents,
-            sums,
+            self.parameters.axes, inputs, kept, cotangents, sums
         )
         return eqx.combine(sums, others), grad_own
 

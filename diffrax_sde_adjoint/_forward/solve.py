@@ -6,6 +6,7 @@ state of the solver, the time of an event or the output of `diffeqsolve`, is
 differentiated by JAX.
 """
 
+import contextlib
 import dataclasses
 import functools as ft
 import operator
@@ -27,7 +28,7 @@ from .._compat import (
     nondifferentiable,
     nondifferentiable_backward,
 )
-from .._misc import num_bytes, zeros_like
+from .._misc import num_bytes
 from .._solver import ReversibleHeun, carried, check_sense
 from .._solver.stage_loops import (
     in_forward_mode,
@@ -41,7 +42,7 @@ from .controllers import close_over_controller, may_jump
 from .gradient_in_times import distinct, split_times
 from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
-from .steps import KeepingSolver, LinearizedStep
+from .steps import KeepingSolver, LinearizedStep, MadeStep
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
 
@@ -197,19 +198,22 @@ def solve(
 
 
 class _Recorder(NamedTuple):
-    """A `Recording` of a solve: how it is made."""
+    """A `Recording` of a solve: how it is made. `first_step` is what would be kept of
+    one from the start.
+    """
 
     steps_per_page: int
     takes_snapshots: bool
     may_have_gaps: bool
     linearized_step: LinearizedStep | None
+    first_step: Callable[[State], MadeStep]
 
     def with_step(self, state: State) -> State:
         """With the last step in the state of the solver, if steps are kept."""
         if self.linearized_step is None:
             return state
-        nothing = zeros_like(self.linearized_step.made_struct)
-        return dataclasses.replace(state, solver_state=(state.solver_state, nothing))
+        with_step = (state.solver_state, self.first_step(state))
+        return dataclasses.replace(state, solver_state=with_step)
 
     def without_step(self, state: State) -> State:
         if self.linearized_step is None:
@@ -232,20 +236,34 @@ def _make_recorder(
     del kwargs
     if recording is None or max_steps is None:
         return None
-    steps_per_page, linearized_step = recording.steps_per_page, None
-    if callable(steps_per_page) or recording.keeps_steps:
-        linearized_step = LinearizedStep.trace(
-            linearizable(solver), terms, args, init_state, may_have_gaps
+    trace = lambda: LinearizedStep.trace(
+        linearizable(solver), terms, args, init_state, may_have_gaps
+    )
+    linearized_step = trace() if recording.keeps_steps else None
+    steps_per_page = recording.steps_per_page
+    if callable(steps_per_page):
+        size_of_state = size_of_step = num_bytes(
+            (init_state.y, init_state.solver_state)
         )
-        if callable(steps_per_page):
-            size_of_state = num_bytes((init_state.y, init_state.solver_state))
-            size_of_step = num_bytes(linearized_step.made_struct.kept)
-            steps_per_page = steps_per_page(size_of_state, size_of_step)
+        # The solve may not be differentiated, and its vector field have no derivative.
+        with contextlib.suppress(Exception):
+            step = trace() if linearized_step is None else linearized_step
+            size_of_step = num_bytes(step.linearized.kept_structs)
+        steps_per_page = steps_per_page(size_of_state, size_of_step)
+
+    def first_step(state: State) -> MadeStep:
+        assert linearized_step is not None
+        _, made = linearized_step(
+            terms, state.tprev, state.tnext, state.y, args, state.solver_state, False
+        )
+        return made
+
     return _Recorder(
         steps_per_page,
         recording.takes_snapshots,
         may_have_gaps,
-        linearized_step if recording.keeps_steps else None,
+        linearized_step,
+        first_step,
     )
 
 
@@ -322,7 +340,6 @@ def _run(
     """The loop without its derivative, and the tape if there is one."""
     if recorder is None:
         return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
-    step = recorder.linearized_step
     final_state, tape = loop_and_record(
         cond_fun,
         body_fun,
@@ -330,7 +347,7 @@ def _run(
         steps_per_page=recorder.steps_per_page,
         may_have_gaps=recorder.may_have_gaps,
         take_snapshots=recorder.takes_snapshots,
-        made_struct=None if step is None else step.made_struct,
+        keeps_steps=recorder.linearized_step is not None,
         **kwargs,
     )
     return recorder.without_step(final_state), tape

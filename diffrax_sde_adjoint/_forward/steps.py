@@ -7,17 +7,15 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._autodiff.batched_vjp import Axes
 from .._autodiff.linearized import Linearized
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
-from .._misc import zeros_like
 from .._solver import AbstractForwardingSolver, AbstractReversibleSolver
 from .._term.known_control import evaluate_controls, with_controls
 from .records import Differentiated, LinearizedInParameters, Parameters, of_step
-from .tape import SolveState
+from .tape import SolveState, Step
 
 
 class MadeStep(eqx.Module):
@@ -65,8 +63,8 @@ def inputs_of_step(
     solver: diffrax.AbstractSolver,
     t0: RealScalarLike,
     t1: RealScalarLike,
-    state0: SolveState,
-    controls: list[PyTree[Any]],
+    state0: SolveState | None,
+    controls: list[PyTree[Any]] | None,
     made_jump: BoolScalarLike,
     known_y1: Y | None = None,
 ) -> tuple[Any, ...]:
@@ -115,31 +113,25 @@ class LinearizedStep(eqx.Module):
         made = MadeStep(kept, y1, dense_info)
         return (y1, y_error, dense_info, solver_state, result), made
 
-    @property
-    def made_struct(self) -> MadeStep:
-        (y1, dense_info, _), _ = self.linearized.out_struct
-        return MadeStep(self.linearized.kept_structs, y1, dense_info)
-
     def pull_back(
         self,
         parameters: Differentiated,
+        step: Step,
         made: MadeStep,
         grad_step: Any,
         sums: Parameters,
     ) -> tuple[Parameters, Any]:
-        """As `LinearizedInParameters.pull_back`, for those parameters that are
-        differentiated.
+        """As `LinearizedInParameters.pull_back`. Only those of the parameters that are
+        differentiated have a sum.
         """
         everything = _all_of(parameters.all.terms, parameters.all.args, parameters.axes)
+        made_jump = jnp.asarray(step.made_jump) if self.may_be_jumps else False
+        _, *fixed = inputs_of_step(self.solver, step.t0, step.t1, None, None, made_jump)
         given = Parameters(sums.terms, sums.args, [], [])
-        of_all = eqx.combine(given, zeros_like(everything.diff))
-        of_all, grad_own = self._with(everything).pull_back(
-            made.kept, grad_step, of_all
+        given, grad_own = self._with(everything).pull_back(
+            made.kept, tuple(fixed), grad_step, given
         )
-        wanted = jtu.tree_map(
-            lambda x, y: None if x is None else y, given, of_all, is_leaf=_is_none
-        )
-        return dataclasses.replace(sums, terms=wanted.terms, args=wanted.args), grad_own
+        return dataclasses.replace(sums, terms=given.terms, args=given.args), grad_own
 
     def _with(self, parameters: Differentiated) -> LinearizedInParameters:
         return LinearizedInParameters(self.linearized, of_step, parameters)
@@ -163,9 +155,6 @@ class KeepingSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         out, made = self.linearized(terms, t0, t1, y0, args, solver_state, made_jump)
         y1, y_error, dense_info, solver_state, result = out
         return y1, y_error, dense_info, (solver_state, made), result
-
-
-_is_none = lambda x: x is None
 
 
 def _all_of(

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
@@ -40,9 +39,9 @@ class Tape(eqx.Module):
     of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
     are filled to the end but the last one, which holds what is left of `num_steps`.
     `snapshots` are at the start of each page, and `made` is what was kept of each step.
-    `largest_y` has the largest absolute
-    value of each entry of the solution, at any time, and `largest_change` that of its
-    difference from the initial one, at the ends of pages.
+    `largest_y` has the largest absolute value of each entry of the solution, at any
+    time, and `largest_change` that of its difference from the initial one, at the ends
+    of pages.
     """
 
     ends: Float[Array, "pages steps_per_page_plus_1"]
@@ -140,28 +139,35 @@ def loop_and_record(
     steps_per_page: int,
     may_have_gaps: bool,
     take_snapshots: bool,
-    made_struct: PyTree[jax.ShapeDtypeStruct] | None = None,
+    keeps_steps: bool = False,
 ) -> tuple[State, Tape]:
     """Runs the loop of a solve, with the arguments that diffrax calls its
-    `outer_while_loop` with, and records it. With a `made_struct`, what is kept of each
-    step is in the solver's state after it.
+    `outer_while_loop` with, and records it. If it `keeps_steps`, what is kept of each
+    is in the solver's state after it; and before the first, what would be kept of one
+    from there, as this is looked at for elements that made none.
     """
     num_pages = max(1, math.ceil(max_steps / steps_per_page))
     # Not zeros: in a batch, a step is made from here for elements that made none.
     full = lambda *shape: jnp.full(shape, init_state.tprev)
     init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
     init_ends = full(num_pages, steps_per_page + 1)
-    init_made = jtu.tree_map(
-        lambda x: jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype), made_struct
-    )
+    init_made = None
+    if keeps_steps:
+        _, first = init_state.solver_state
+        init_made = jtu.tree_map(
+            lambda x: (
+                jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype)
+                .at[0, 0]
+                .set(x)
+            ),
+            first,
+        )
 
     def get_snapshot(state):
         if not take_snapshots:
             return None
         solver_state = state.solver_state
-        return SolveState(
-            state.y, solver_state if made_struct is None else solver_state[0]
-        )
+        return SolveState(state.y, solver_state[0] if keeps_steps else solver_state)
 
     init_snapshots = jtu.tree_map(
         lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),

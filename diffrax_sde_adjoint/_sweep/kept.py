@@ -26,7 +26,7 @@ def pull_back_kept(
             step,
             made.y1,
             made.dense_info,
-            functools.partial(linearized_step.pull_back, sweep.parameters, made),
+            functools.partial(linearized_step.pull_back, sweep.parameters, step, made),
             pull_back_controls,
             carry,
         )

@@ -52,25 +52,30 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     assert page.snapshot is not None
     first = page.step(jnp.array(0), True)
 
-    def inputs(step, state0):
-        controls, _ = sweep.controls(step)
+    def inputs(step, state0, controls):
         return inputs_of_step(
             sweep.solver, step.t0, step.t1, state0, controls, step.made_jump
         )
 
-    linearized = linearize_step(sweep.parameters, *inputs(first, page.snapshot))
+    first_controls, _ = sweep.controls(first)
+    linearized = linearize_step(
+        sweep.parameters, *inputs(first, page.snapshot, first_controls)
+    )
 
     def make(step, state0):
-        ((y1, dense_info, solver_state1), _), kept = linearized(*inputs(step, state0))
+        controls, _ = sweep.controls(step)
+        out, kept = linearized(*inputs(step, state0, controls))
+        (y1, dense_info, solver_state1), _ = out
         return SolveState(y1, solver_state1), MadeStep(kept, y1, dense_info)
 
     def pull_back(step, made, carry):
         _, pull_back_controls = sweep.controls(step)
+        _, *fixed = inputs(step, None, None)
         return sweep.pull_back(
             step,
             made.y1,
             made.dense_info,
-            functools.partial(linearized.pull_back, made.kept),
+            functools.partial(linearized.pull_back, made.kept, tuple(fixed)),
             pull_back_controls,
             carry,
         )

@@ -3,19 +3,20 @@
 A sweep goes from the last page of the tape to the first, and on each page from the last
 step to the first:
 
-1. find the state at the start of the step;
+1. find what the derivative of the step needs;
 2. add what was saved within the step to the cotangent of its outputs
    (`saved_outputs.py`);
 3. pull the cotangent of its outputs back to its inputs: the state at its start, for the
    step before, and `args` and `terms`, whose cotangents add up.
 
-The state at a step's start is that of the forward solve, up to rounding, so what this
-returns is the gradient of the numerical solution. The ways differ in the first point:
+The steps are those of the forward solve, up to rounding, so what this returns is the
+gradient of the numerical solution. The ways differ in the first point:
 
 - `undo.py`: `solver.backward_step` undoes the step;
 - `undo_staggered.py`: the same for `ReversibleHeun`, with 1 and 3 in one;
-- `replay.py`: the steps of a page are made again, and their states kept while the
-  sweep is on the page.
+- `replay.py`: the steps of a page are made again, and what is needed of them kept while
+  the sweep is on the page;
+- `kept.py`: the forward solve has kept it.
 """
 
 from collections.abc import Callable
@@ -105,19 +106,20 @@ class Sweep(eqx.Module):
             num_steps = where_active(is_active, page.num_steps, 0, self.axes)
             page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
             carry = sweep_page(self, page, carry)
-            if carry.spurious is None:
+            known = carry.spurious
+            if known is None:
                 return carry
 
             def look():
                 worth = self._worth_of_distance(carry)
-                return carry.spurious.at(worth, carry.state.y, self.init_y)
+                return known.at(worth, carry.state.y, self.init_y)
 
             if every == 1:
                 spurious = look()
             else:
                 # In a short solve, half-way.
                 is_here = (i % every == 0) | (i == num // 2)
-                spurious = lax.cond(is_here, look, lambda: carry.spurious)
+                spurious = lax.cond(is_here, look, lambda: known)
             return eqx.tree_at(lambda c: c.spurious, carry, spurious)
 
         num = self.tape.num_pages

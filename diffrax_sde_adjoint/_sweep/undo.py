@@ -51,7 +51,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         )
         linearized = linearize_step(sweep.parameters, *inputs)
         ((_, dense_info, _), _), kept = linearized(*inputs)
-        pull_back_step = functools.partial(linearized.pull_back, kept)
+        pull_back_step = functools.partial(linearized.pull_back, kept, inputs[1:])
         carry = sweep.pull_back(
             step,
             carry.state.y,

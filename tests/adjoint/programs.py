@@ -82,6 +82,7 @@ class Program:
     around: str | None = None
     is_outside: bool = False
     checkpoint_every: int | None = None
+    store_all: bool = False
     max_steps: int | None = 100
     differentiate_ts: bool = False
     differentiate_times: bool = False
@@ -669,7 +670,7 @@ def value_and_grad(program: Program, solver, of: Callable, record=None):
 
 
 def ours(program: Program):
-    adjoint = StochasticAdjoint(checkpoint_every=program.checkpoint_every)
+    adjoint = StochasticAdjoint(program.checkpoint_every, program.store_all)
     of = lambda loss, inputs: eqx.filter_jit(
         eqx.filter_value_and_grad(loss, has_aux=True)
     )(inputs, adjoint)

@@ -142,6 +142,7 @@ class Case:
     dtype: Any = jnp.float64
     event: str | None = None
     checkpoint_every: int | None = None
+    store_all: bool = False
     max_steps: int = 100
     differentiate_ts: bool = False
     differentiate_times: bool = False
@@ -322,7 +323,7 @@ def assert_equal_gradients(case: Case):
         return loss(adjoint, *inputs, record=record)
 
     inputs = tuple(inputs)
-    adjoint = StochasticAdjoint(checkpoint_every=case.checkpoint_every)
+    adjoint = StochasticAdjoint(case.checkpoint_every, case.store_all)
     gradient = eqx.filter_jit(eqx.filter_value_and_grad(value, has_aux=True))
     (actual_value, record), actual = gradient(inputs, adjoint)
     (expected_value, _), expected = reference_value_and_grad(
@@ -345,7 +346,27 @@ _for_odes = ("Tsit5", "Kvaerno3", "ImplicitEuler")
 # Each is two programs to compile. Most are slow, as random programs meet them as well.
 cases = {
     "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
-    "Euler, few checkpoints": Case("Euler", saveat="t1", checkpoint_every=3),
+    "store all": Case("Euler", saveat="fn", store_all=True),
+    "Euler, few checkpoints": Case("Euler", saveat="t1", checkpoint_every=3, slow=True),
+    **{
+        f"store all, {s}, {saveat}": Case(
+            s,
+            noise="none" if s in _for_odes else "diagonal",
+            saveat=saveat,
+            controller=controller,
+            backward=backward,
+            store_all=True,
+            slow=True,
+        )
+        for s, saveat, controller, backward in (
+            ("ReversibleHeun", "subs", "jumps", False),
+            ("Heun", "dense", "clip", True),
+            ("Tsit5", "fn", "PID", False),
+            ("Kvaerno3", "steps, ts", "PID", False),
+            ("SPaRK", "steps=3", "constant", True),
+            ("HalfSolver", "ts", "PID", False),
+        )
+    },
     "times, Heun, clip, steps": Case(
         "Heun",
         noise="none",

@@ -174,7 +174,10 @@ def draw(seed: int) -> Program:
         batches=unusual(0.6, (one, one, two), ()),
         around=around,
         is_outside=around is not None and choose((False, True)),
-        checkpoint_every=choose((None, None, 1, 4, 200)),
+        checkpoint_every=(
+            None if (kept := choose((None, None, 1, 4, "all"))) == "all" else kept
+        ),
+        store_all=kept == "all",
         # An incomplete dense solution cannot be evaluated.
         max_steps=100 if saveat == "dense" else unusual(0.15, (5, None), 100),
         differentiate_ts=choose((False, True)),
