@@ -78,12 +78,18 @@ class Linearized:
     derivative.
 
     What is to be kept are residuals that vary, or what they are found from at no cost,
-    but for what is given again.
-    A function that has no derivative in forward mode is evaluated again when cotangents
-    are pulled back, so its residuals are its inputs.
+    but for what is given again. A function that has no derivative in forward mode, or
+    for which this is asked, is evaluated again when cotangents are pulled back, so its
+    residuals are its inputs.
     """
 
-    def __init__(self, fn: Callable[[Inputs], Any], inputs: Inputs, has_aux: bool):
+    def __init__(
+        self,
+        fn: Callable[[Inputs], Any],
+        inputs: Inputs,
+        has_aux: bool,
+        is_evaluated_again: bool = False,
+    ):
         arrays, static = _partition(inputs)
         static_out: Any = None
 
@@ -105,7 +111,8 @@ class Linearized:
         num_shared, num_own, *_ = lengths
         sizes = (is_differentiated, num_shared, num_own)
         found = None
-        if _in_reverse_only.isdisjoint(primitives(jaxpr.jaxpr)):
+        used = primitives(jaxpr.jaxpr)
+        if not is_evaluated_again and _in_reverse_only.isdisjoint(used):
             found = _linearize(jaxpr, *sizes)
         self._is_linear = found is not None
         self._jaxpr, self._fn = found or _evaluated_again(jaxpr, *sizes)

@@ -57,6 +57,7 @@ class Differentiated(eqx.Module):
         own: Any,
         *fixed: Any,
         has_aux: bool = False,
+        is_evaluated_again: bool = False,
     ) -> "LinearizedInParameters":
         """`fn(parameters, own, *fixed)`, traced: see `Linearized`. No more than `which`
         parameters are differentiated, so the cotangents of others are not carried
@@ -68,9 +69,8 @@ class Differentiated(eqx.Module):
             return fn(parameters, inputs.own, *inputs.given)
 
         inputs = self._inputs(which, own, fixed)
-        return LinearizedInParameters(
-            Linearized(of_inputs, inputs, has_aux), which, self
-        )
+        linearized = Linearized(of_inputs, inputs, has_aux, is_evaluated_again)
+        return LinearizedInParameters(linearized, which, self)
 
     def _inputs(self, which: Parameters, own: Any, fixed: Any) -> Inputs:
         diff, rest = eqx.partition(self.diff, which)

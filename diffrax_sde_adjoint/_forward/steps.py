@@ -12,7 +12,11 @@ from jaxtyping import PyTree
 from .._autodiff.batched_vjp import Axes
 from .._autodiff.linearized import Linearized
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
-from .._solver import AbstractForwardingSolver, AbstractReversibleSolver
+from .._solver import (
+    AbstractForwardingSolver,
+    AbstractReversibleSolver,
+    has_layer,
+)
 from .._term.known_control import evaluate_controls, with_controls
 from .records import Differentiated, LinearizedInParameters, Parameters, of_step
 from .tape import SolveState, Step
@@ -56,7 +60,15 @@ def make_step(
 
 def linearize_step(parameters: Differentiated, *inputs: Any) -> LinearizedInParameters:
     """`make_step`, traced for inputs as of `inputs_of_step`."""
-    return parameters.linearized(make_step, of_step, *inputs, has_aux=True)
+    _, solver, *_ = inputs
+    return parameters.linearized(
+        make_step,
+        of_step,
+        *inputs,
+        has_aux=True,
+        # The derivative of a root may not be finite where a step is to be rejected.
+        is_evaluated_again=has_layer(solver, diffrax.AbstractImplicitSolver),
+    )
 
 
 def inputs_of_step(

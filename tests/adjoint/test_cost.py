@@ -186,7 +186,9 @@ class _Sum(diffrax.AbstractPath):
         return jnp.sum(self.interpolation.evaluate(t0, t1, left))
 
 
-@pytest.mark.parametrize("vmapped", (False, True), ids=("one", "vmapped"))
+@pytest.mark.parametrize(
+    "vmapped", (True, pytest.param(False, marks=_slow)), ids=("vmapped", "one")
+)
 @pytest.mark.parametrize(
     "vector_field, solver, adjoint",
     (

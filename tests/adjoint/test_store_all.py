@@ -31,7 +31,10 @@ def _solve(vector_field, y0, args, adjoint, t1=1.0, solver=None, **kwargs):
 
 both = pytest.mark.parametrize(
     "adjoint",
-    (StochasticAdjoint(store_all=True), StochasticAdjoint()),
+    (
+        StochasticAdjoint(store_all=True),
+        pytest.param(StochasticAdjoint(), marks=pytest.mark.slow),
+    ),
     ids=("store_all", "default"),
 )
 reference = diffrax.DirectAdjoint()

@@ -116,8 +116,8 @@ class Case(NamedTuple):
 
 half_euler = diffrax.HalfSolver(diffrax.Euler())
 half_euler_heun = diffrax.HalfSolver(diffrax.EulerHeun())
-# By default one for each kind of increment, and of solver: Runge-Kutta, stochastic
-# Runge-Kutta, reversible, and for Langevin dynamics.
+# By default one for each kind of increment: of W, H and K, for a reversible solver, a
+# stochastic Runge-Kutta method, and for Langevin dynamics.
 cases = {
     "Euler": Case(diffrax.Euler(), "diagonal Itô", 0.5, 0.5, slow=True),
     "HalfSolver(Euler)": Case(half_euler, "diagonal Itô", 0.5, 0.5, slow=True),
@@ -125,7 +125,7 @@ cases = {
     # Order 0.5 in general, but 1 as the noise commutes.
     "EulerHeun": Case(diffrax.EulerHeun(), "diagonal", 0.5, 1, slow=True),
     "HalfSolver(EulerHeun)": Case(half_euler_heun, "diagonal", 0.5, 1, slow=True),
-    "Heun": Case(diffrax.Heun(), "diagonal", 0.5, 1),
+    "Heun": Case(diffrax.Heun(), "diagonal", 0.5, 1, slow=True),
     "Midpoint": Case(diffrax.Midpoint(), "diagonal", 0.5, 1, slow=True),
     "Ralston": Case(diffrax.Ralston(), "diagonal", 0.5, 1, slow=True),
     "ReversibleHeun": Case(diffrax.ReversibleHeun(), "diagonal", 0.5, 1, slow=True),
