@@ -48,7 +48,7 @@ from .saved_outputs import SavedOutputs
 
 # At what the spurious solution of reversible Heun is worth, at least: a page may be one
 # step.
-_steps_between_looks = 32
+_steps_between_looks = 10
 
 
 # From cotangents and sums to the sums with more added, and other cotangents.
