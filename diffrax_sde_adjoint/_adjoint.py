@@ -16,7 +16,7 @@ from ._forward.solve import (
     prepare,
     solve,
 )
-from ._solver import is_reversible
+from ._solver import ReversibleHeun, is_reversible
 from ._sweep import SweepRule
 
 
@@ -165,7 +165,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         is_undone = is_reversible(solver) and not self.store_all
         steps_per_page = self.checkpoint_every
         if self.store_all:
-            steps_per_page = _pages_of_kept_steps
+            # The state between two steps is known where a page starts.
+            is_heun = issubclass(type(solver), ReversibleHeun)
+            steps_per_page = 1 if is_heun else _pages_of_kept_steps
         elif steps_per_page is None and is_undone:
             steps_per_page = _steps_per_page
         elif steps_per_page is None:

@@ -1,5 +1,6 @@
 """Going back through a solve whose forward solve kept what this needs of each step."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -32,5 +33,8 @@ def pull_back_kept(
         )
 
     if sweep.tape.steps_per_page == 1:
-        return pull_back(jnp.array(0), page.num_steps > 0, carry)
-    return sweep.backwards(page.num_steps, pull_back, carry)
+        carry = pull_back(jnp.array(0), page.num_steps > 0, carry)
+    else:
+        carry = sweep.backwards(page.num_steps, pull_back, carry)
+    # Where the worth of a spurious solution is looked at.
+    return dataclasses.replace(carry, state=page.snapshot)

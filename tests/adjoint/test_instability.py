@@ -186,16 +186,22 @@ slow = (
 
 
 def is_slow(name, checkpoint_every):
-    return name in slow or (checkpoint_every is None) != name.startswith("OU")
+    is_default = checkpoint_every is None
+    return (
+        name in slow
+        or is_default != name.startswith("OU")
+        or checkpoint_every == "store_all"
+    )
 
 
 @pytest.mark.parametrize(
     "name,checkpoint_every",
-    by_default_unless(is_slow, itertools.product(bad, (None, 10))),
+    by_default_unless(is_slow, itertools.product(bad, (None, 10, "store_all"))),
 )
 def test_unstable(name, checkpoint_every):
-    """Also where states that are kept make the way back exact."""
-    adjoint = StochasticAdjoint(checkpoint_every=checkpoint_every)
+    """Also where what is kept makes the way back exact."""
+    store_all = checkpoint_every == "store_all"
+    adjoint = StochasticAdjoint(None if store_all else checkpoint_every, store_all)
     # Of more paths in a double well, one overflows, and the loss with it.
     num = 200 if name == "double well" else 1000
     with raises():
@@ -239,6 +245,10 @@ def test_stable(name):
     num = 4000 if name.startswith("Heston") else 1000
     adjoint = StochasticAdjoint()
     ours = gradient(good[name], ReversibleHeun(), adjoint, num_paths=num)
+    if name == "networks":
+        store_all = StochasticAdjoint(store_all=True)
+        kept = gradient(good[name], ReversibleHeun(), store_all, num_paths=num)
+        np.testing.assert_allclose(kept, ours, rtol=1e-6)
     expected = gradient(good[name], diffrax.Heun(), adjoint, num_paths=num)
     np.testing.assert_allclose(ours, expected, rtol=0.1)
 
