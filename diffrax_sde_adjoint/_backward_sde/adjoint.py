@@ -87,9 +87,9 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     - Under `jax.vmap`, the gradient in shared parameters is made for every element and
         then added up. A batch that is a single state does not do so.
 
-    Everything else raises an error, and so do second derivatives, and a backward solve
-    that misses a known state of the forward one by what is worth half of the size of
-    the outputs times their cotangents, to first order.
+    Everything else raises an error, and so do gradients of gradients, and a backward
+    solve that misses a known state of the forward one by what is worth half of the size
+    of the outputs times their cotangents, to first order.
 
     Source: Li, Wong, Chen and Duvenaud, *Scalable Gradients for Stochastic Differential
     Equations*, AISTATS 2020.
