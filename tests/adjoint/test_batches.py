@@ -67,6 +67,7 @@ both_ways = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @both_ways
 def test_parameters_shared_over_some_axes(solver):
     """An ensemble of weights, each of which a batch shares."""
@@ -120,6 +121,7 @@ def test_pages_of_which_states_are_kept():
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_gradient_for_each_element():
     """The gradient of shared weights is summed in a matrix product."""
     batch, width = 11, 7

@@ -228,6 +228,7 @@ def test_wrong_gradient():
     "name",
     by_default_unless(
         (
+            "geometric Brownian motion",
             "OU",
             "double well",
             "drift with several zeros",

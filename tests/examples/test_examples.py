@@ -348,11 +348,12 @@ def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
         assert part_of_bound(wrong) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, reference",
     [
         (ReversibleHeun(), diffrax.ReversibleHeun()),
-        pytest.param(Midpoint(), Midpoint(), marks=pytest.mark.slow),
+        (Midpoint(), Midpoint()),
     ],
     ids=lambda solver: type(solver).__name__,
 )

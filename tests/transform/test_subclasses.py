@@ -117,10 +117,11 @@ def test_equal_to_plain_terms(name, cls, noise):
     assert relative_error(actual, expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", (TwiceTheProduct, TwiceTheVectorField))
 @pytest.mark.parametrize(
     "solver",
-    (diffrax.Euler(), pytest.param(diffrax.Heun(), marks=pytest.mark.slow)),
+    (diffrax.Euler(), diffrax.Heun()),
     ids=str,
 )
 def test_backward_sde(solver, cls):
