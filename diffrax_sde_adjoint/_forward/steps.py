@@ -160,7 +160,8 @@ class KeepingSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         return self.solver.interpolation_cls
 
     def init(self, terms, t0, t1, y0, args):
-        raise NotImplementedError
+        # A step is added to the state of the solver inside when the loop starts.
+        raise NotImplementedError("`diffeqsolve` calls this before there is a loop.")
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         solver_state, _ = solver_state

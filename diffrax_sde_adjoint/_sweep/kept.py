@@ -22,15 +22,10 @@ def pull_back_kept(
     ) -> SweepState:
         step = page.step(k, is_made)
         made = jtu.tree_map(lambda x: x[page.first + k], page.made)
-        _, pull_back_controls = sweep.controls(step)
-        return sweep.pull_back(
-            step,
-            made.y1,
-            made.dense_info,
-            functools.partial(linearized_step.pull_back, sweep.parameters, step, made),
-            pull_back_controls,
-            carry,
+        back = functools.partial(
+            linearized_step.pull_back, sweep.parameters, step, made
         )
+        return sweep.pull_back_made(step, made, back, carry)
 
     if sweep.tape.steps_per_page == 1:
         carry = pull_back(jnp.array(0), page.num_steps > 0, carry)

@@ -69,16 +69,9 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         return SolveState(y1, solver_state1), MadeStep(kept, y1, dense_info)
 
     def pull_back(step, made, carry):
-        _, pull_back_controls = sweep.controls(step)
         _, *fixed = inputs(step, None, None)
-        return sweep.pull_back(
-            step,
-            made.y1,
-            made.dense_info,
-            functools.partial(linearized.pull_back, made.kept, tuple(fixed)),
-            pull_back_controls,
-            carry,
-        )
+        back = functools.partial(linearized.pull_back, made.kept, tuple(fixed))
+        return sweep.pull_back_made(step, made, back, carry)
 
     if length == 1:
         step = page.step(jnp.array(0), page.num_steps > 0)

@@ -40,6 +40,7 @@ from .._forward.records import (
 )
 from .._forward.return_error import ReturnError
 from .._forward.saved import Position
+from .._forward.steps import MadeStep
 from .._forward.tape import Page, SolveState, Step, Tape
 from .._misc import in_scope, zeros_like
 from .._term.known_control import evaluate_controls
@@ -211,6 +212,15 @@ class Sweep(eqx.Module):
             lambda c: (c.next_t0, c.positions, c.grads),
             carry,
             (step.t0, positions, Cotangents(grad_state0, grad_parameters)),
+        )
+
+    def pull_back_made(
+        self, step: Step, made: MadeStep, pull_back_step: PullBack, carry: SweepState
+    ) -> SweepState:
+        """As `pull_back`, through a step of which what is needed was kept."""
+        _, pull_back_controls = self.controls(step)
+        return self.pull_back(
+            step, made.y1, made.dense_info, pull_back_step, pull_back_controls, carry
         )
 
     @in_scope("saved_outputs")
