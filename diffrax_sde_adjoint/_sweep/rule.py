@@ -33,7 +33,8 @@ from .replay import replay
 from .saved_outputs import SavedOutputs
 from .sweep import Sweep, SweepState, arrive
 from .undo import inverts_last_step, undo
-from .undo_staggered import can_stagger, undo_staggered
+from .undo_carried import undo_carried
+from .undo_staggered import can_stagger, has_plain_steps, undo_staggered
 
 
 _T = TypeVar("_T")
@@ -76,7 +77,9 @@ class SweepRule(eqx.Module):
         if recorded.linearized_step is not None:
             first = sweep(ft.partial(pull_back_kept, recorded.linearized_step), end)
         elif is_reversible(solver):
-            way = undo_staggered if can_stagger(sweep, end) else undo
+            way = undo
+            if has_plain_steps(sweep, end):
+                way = undo_staggered if can_stagger(sweep, end) else undo_carried
             first = arrive(sweep(way, end), start.state)
         else:
             first = sweep(replay, end)

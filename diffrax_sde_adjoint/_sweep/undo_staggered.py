@@ -39,12 +39,23 @@ from .._solver import ReversibleHeun, carried, sums_leaf_by_leaf
 from .sweep import Sweep, SweepState, arrive_at_page
 
 
-def can_stagger(sweep: Sweep, end: SweepState) -> bool:
-    """Whether cotangents at a point do not depend on the solution at the next one, and
-    are also cotangents of the product with a control.
+def has_plain_steps(sweep: Sweep, end: SweepState) -> bool:
+    """Whether steps are those of reversible Heun, with a vector field of arrays and its
+    products with controls like `y`, and are not cut short by jumps.
     """
     if type(sweep.solver) is not ReversibleHeun or sweep.tape.starts is not None:
         return False
+    _, vf = end.state.solver_state
+    product = lambda: sweep.terms.prod(vf, _control_at_start(sweep))
+    return sums_leaf_by_leaf(vf) and are_alike(
+        eqx.filter_eval_shape(product), end.state.y
+    )
+
+
+def can_stagger(sweep: Sweep, end: SweepState) -> bool:
+    """Whether, for steps like these, cotangents at a point do not depend on the
+    solution at the next one, and are also cotangents of the product with a control.
+    """
     parameters = sweep.parameters
     is_linear_in_y = all(
         ts is None or len(ts) == 0 or fn is save_y
@@ -56,17 +67,18 @@ def can_stagger(sweep: Sweep, end: SweepState) -> bool:
 
     def product(diff):
         """The product of a vector field and a control that do not depend on `diff`."""
-        control = sweep.terms.contr(*sweep.tape.ends[0, :2])
-        return eqx.combine(diff, parameters.nondiff.terms).prod(vf, control)
+        terms = eqx.combine(diff, parameters.nondiff.terms)
+        return terms.prod(vf, _control_at_start(sweep))
 
-    diff_terms = parameters.diff.terms
     return (
         is_linear_in_y
         and len(jtu.tree_leaves(parameters.diff.save_ts)) == 0
-        and sums_leaf_by_leaf(vf)
-        and are_alike(eqx.filter_eval_shape(product, diff_terms), end.state.y)
-        and not depends_on(product, diff_terms)
+        and not depends_on(product, parameters.diff.terms)
     )
+
+
+def _control_at_start(sweep: Sweep) -> PyTree[Any]:
+    return sweep.terms.contr(*sweep.tape.ends[0, :2])
 
 
 class StaggeredState(eqx.Module):
@@ -93,7 +105,7 @@ class StaggeredState(eqx.Module):
         (more,) = eqx.filter_vjp(prod, self.control)[1](self.grad_product)
         grad_control = add_where_given(self.grad_control, more)
         _, pull_back = sweep.parameters.vjp(
-            _evaluate_control, of_controls, None, self.t0, self.t1
+            evaluate_control, of_controls, None, self.t0, self.t1
         )
         zeros = zeros_like(grad_control)
         grad_control = where_active(is_made, grad_control, zeros, sweep.axes)
@@ -119,7 +131,7 @@ def _enter(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     no_control = zeros_like(eqx.filter_eval_shape(sweep.terms.contr, last.t0, last.t1))
     of_control = (None, None)
     parameters = sweep.parameters
-    control_of = lambda diff: _evaluate_control(
+    control_of = lambda diff: evaluate_control(
         eqx.combine(diff, parameters.nondiff), None, last.t0, last.t1
     )
     if depends_on(control_of, parameters.diff):
@@ -145,14 +157,14 @@ def _undo_step(
     grad_yhat1, grad_vf1 = carry.grads.state.solver_state
 
     vf1, pull_back_vf = sweep.parameters.vjp(_evaluate_vf, of_step, yhat1, step)
-    y1 = _add(state1.u, -0.5, terms.prod(vf1, state1.control))
+    y1 = add(state1.u, -0.5, terms.prod(vf1, state1.control))
 
     # What is saved is linear in `y0` and `y1`, so their values do not matter.
     zeros = zeros_like(y1)
     positions, grads, grad_dense_info = sweep.add_grad_saved(
         step, dict(y0=zeros, y1=zeros), y1, carry
     )
-    grad_y1 = _add(grads.state.y, 1.0, grad_dense_info["y1"])
+    grad_y1 = add(grads.state.y, 1.0, grad_dense_info["y1"])
     grad_step = (grad_dense_info["y0"], grad_y1, grad_yhat1, grad_vf1)
     grad_y0, grad_y1, grad_yhat1, grad_vf1 = where_active(
         step.is_made, grad_step, zeros_like(grad_step), sweep.axes
@@ -165,18 +177,18 @@ def _undo_step(
     grad_parameters, more = pull_back_vf(
         add_where_given(grad_vf1, more), grads.parameters
     )
-    grad_yhat1 = _add(grad_yhat1, 1.0, more)
-    grad_product = _add(half_grad_y1, 1.0, grad_yhat1)
+    grad_yhat1 = add(grad_yhat1, 1.0, more)
+    grad_product = add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
     grad_parameters = state1.add_grad(sweep, vf1, step.is_made, grad_parameters)
     depends = state1.grad_product is not None
     of_control = (grad_control, grad_product) if depends else (None, None)
-    grad_y = _add(_add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
+    grad_y = add(add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
     minus_grad_yhat1 = jtu.tree_map(lambda x: -x, grad_yhat1)
     grad_state = SolveState(grad_y, (minus_grad_yhat1, grad_vf0))
 
     increment = terms.prod(vf1, control)
-    u0 = _add(y1, -0.5, increment)
+    u0 = add(y1, -0.5, increment)
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
     return dataclasses.replace(
         carry,
@@ -192,7 +204,7 @@ def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     state = carry.state
     vf = carried(sweep.terms.vf(carry.next_t0, state.yhat, sweep.args))
     grad_parameters = state.add_grad(sweep, vf, True, carry.grads.parameters)
-    y = _add(state.u, -0.5, sweep.terms.prod(vf, state.control))
+    y = add(state.u, -0.5, sweep.terms.prod(vf, state.control))
     return eqx.tree_at(
         lambda c: (c.state, c.grads.parameters),
         carry,
@@ -200,7 +212,7 @@ def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
     )
 
 
-def _evaluate_control(
+def evaluate_control(
     parameters: Parameters, _: None, t0: RealScalarLike, t1: RealScalarLike
 ) -> PyTree[Any]:
     return parameters.terms.contr(t0, t1)
@@ -210,6 +222,6 @@ def _evaluate_vf(parameters: Parameters, yhat: Y, step: Step) -> VF:
     return carried(parameters.terms.vf(step.t1, yhat, parameters.args))
 
 
-def _add(x: Y, factor: float, y: Y) -> Y:
+def add(x: Y, factor: float, y: Y) -> Y:
     """`x + factor * y`."""
     return jtu.tree_map(lambda a, b: a + factor * b, x, y)

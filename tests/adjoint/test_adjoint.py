@@ -245,6 +245,7 @@ def test_pytree_states():
     assert_equal_gradients(loss, y0, jnp.array(0.7))
 
 
+@pytest.mark.slow
 def test_ode_and_cde():
     """A control with a derivative: its coefficients are differentiated as well."""
     ts = jnp.linspace(0, 1, 6)

@@ -143,8 +143,8 @@ _ts = (0.0, 0.25, 0.25, 0.4999, 1.0)
 @pytest.mark.parametrize(
     "case",
     (
-        "general",
-        pytest.param("float32", marks=pytest.mark.slow),
+        pytest.param("general", marks=pytest.mark.slow),
+        "float32",
         pytest.param("backward in time", marks=pytest.mark.slow),
         pytest.param("checkpoint_every", marks=pytest.mark.slow),
         pytest.param("subs", marks=pytest.mark.slow),

@@ -1,0 +1,111 @@
+"""Going back through steps of reversible Heun with one evaluation of the vector field
+for each, where cotangents depend on the solution at both ends of a step.
+
+Undoing a step evaluates the vector field at its left end, and differentiating it does
+so at its right end, where undoing the step after it has evaluated it before. So what
+the derivative of that evaluation needs is carried from one step to the next, which
+`undo_staggered.py` does without.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int
+
+from .._autodiff.batched_vjp import where_active
+from .._compat import VF, RealScalarLike, Y
+from .._forward.records import Cotangents, Parameters, of_controls, of_step
+from .._forward.tape import Page, SolveState
+from .._misc import add_where_given, in_scope, zeros_like
+from .._solver import carried
+from .sweep import Sweep, SweepState, arrive_at_page
+from .undo_staggered import add, evaluate_control
+
+
+class CarriedState(eqx.Module):
+    """The state of the solve at a point, and what is kept of the vector field there."""
+
+    state: SolveState
+    kept: list[Array]
+    t: RealScalarLike
+
+
+def undo_carried(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
+    """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
+    last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
+    yhat, _ = carry.state.solver_state
+    evaluate = sweep.parameters.linearized(_evaluate_vf, of_step, yhat, last.t1)
+    _, kept = evaluate(yhat, last.t1)
+    carry = eqx.tree_at(
+        lambda c: c.state, carry, CarriedState(carry.state, kept, last.t1)
+    )
+    step = functools.partial(_undo_step, sweep, page, evaluate)
+    carry = sweep.backwards(page.num_steps, step, carry)
+    carry = eqx.tree_at(lambda c: c.state, carry, carry.state.state)
+    return arrive_at_page(carry, page)
+
+
+@in_scope("undo_step")
+def _undo_step(
+    sweep: Sweep,
+    page: Page,
+    evaluate: Any,
+    k: Int[Array, ""],
+    is_made: Bool[Array, ""],
+    carry: SweepState,
+) -> SweepState:
+    step = page.step(k, is_made)
+    y1, (yhat1, vf1) = carry.state.state.y, carry.state.state.solver_state
+    control, pull_back_control = sweep.parameters.vjp(
+        evaluate_control, of_controls, None, step.t0, step.t1
+    )
+
+    # To the left end.
+    increment = sweep.terms.prod(vf1, control)
+    yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
+    vf0, kept0 = evaluate(yhat0, step.t0)
+    y0 = add(add(y1, -0.5, increment), -0.5, sweep.terms.prod(vf0, control))
+    state0 = SolveState(y0, (yhat0, vf0))
+    state0, kept0 = where_active(
+        is_made, (state0, kept0), (carry.state.state, carry.state.kept), sweep.axes
+    )
+
+    positions, grads, grad_dense_info = sweep.add_grad_saved(
+        step, dict(y0=y0, y1=y1), y1, carry
+    )
+    grad_y1 = add(grads.state.y, 1.0, grad_dense_info["y1"])
+    grad_step = (grad_dense_info["y0"], grad_y1, grads.state.solver_state)
+    grad_y0, grad_y1, (grad_yhat1, grad_vf1) = where_active(
+        step.is_made, grad_step, zeros_like(grad_step), sweep.axes
+    )
+
+    # y1 = y0 + (vf0 + vf1) / 2 dX, yhat1 = 2 y0 - yhat0 + vf0 dX, vf1 = vf(t1, yhat1)
+    product = lambda parameters, own: parameters.terms.prod(*own)
+    half = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
+    _, of_vf1 = sweep.parameters.vjp(product, of_controls, (vf1, control))
+    sums, (more_vf1, more_control1) = of_vf1(half, grads.parameters)
+    sums, more = evaluate.pull_back(
+        carry.state.kept, (step.t1,), add_where_given(grad_vf1, more_vf1), sums
+    )
+    grad_yhat1 = add(grad_yhat1, 1.0, more)
+    _, of_vf0 = sweep.parameters.vjp(product, of_controls, (vf0, control))
+    sums, (grad_vf0, more_control0) = of_vf0(add(half, 1.0, grad_yhat1), sums)
+    grad_control = add_where_given(more_control0, more_control1)
+    sums, _ = pull_back_control(grad_control, sums)
+    grad_y = add(add(grad_y0, 1.0, grad_y1), 2.0, grad_yhat1)
+    grad_yhat0 = jtu.tree_map(lambda x: -x, grad_yhat1)
+    return dataclasses.replace(
+        carry,
+        state=CarriedState(state0, kept0, step.t0),
+        next_t0=step.t0,
+        positions=positions,
+        grads=Cotangents(SolveState(grad_y, (grad_yhat0, grad_vf0)), sums),
+    )
+
+
+def _evaluate_vf(parameters: Parameters, yhat: Y, t: RealScalarLike) -> VF:
+    return carried(parameters.terms.vf(t, yhat, parameters.args))
