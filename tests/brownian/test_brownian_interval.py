@@ -320,6 +320,7 @@ def test_dtypes(dtype):
     np.testing.assert_allclose(variance, 2.0, rtol=tol)
 
 
+@pytest.mark.slow
 def test_half_precision_over_many_cells():
     """What is summed is so in single precision."""
 

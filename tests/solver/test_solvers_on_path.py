@@ -116,8 +116,8 @@ class Case(NamedTuple):
 
 half_euler = diffrax.HalfSolver(diffrax.Euler())
 half_euler_heun = diffrax.HalfSolver(diffrax.EulerHeun())
-# By default one for each kind of increment: of W, H and K, for a reversible solver, a
-# stochastic Runge-Kutta method, and for Langevin dynamics.
+# By default some of those for stochastic Runge-Kutta methods and Langevin dynamics, of
+# increments of W, H and K.
 cases = {
     "Euler": Case(diffrax.Euler(), "diagonal Itô", 0.5, 0.5, slow=True),
     "HalfSolver(Euler)": Case(half_euler, "diagonal Itô", 0.5, 0.5, slow=True),
@@ -129,7 +129,7 @@ cases = {
     "Midpoint": Case(diffrax.Midpoint(), "diagonal", 0.5, 1, slow=True),
     "Ralston": Case(diffrax.Ralston(), "diagonal", 0.5, 1, slow=True),
     "ReversibleHeun": Case(diffrax.ReversibleHeun(), "diagonal", 0.5, 1, slow=True),
-    "our ReversibleHeun": Case(ReversibleHeun(), "diagonal", 0.5, 1),
+    "our ReversibleHeun": Case(ReversibleHeun(), "diagonal", 0.5, 1, slow=True),
     "GeneralShARK": Case(diffrax.GeneralShARK(), "diagonal", 0.5, 1, slow=True),
     "SPaRK": Case(diffrax.SPaRK(), "diagonal", 0.5, 1, slow=True),
     "StratonovichMilstein": Case(

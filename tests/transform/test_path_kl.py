@@ -170,13 +170,14 @@ def test_closed_form(name):
         assert abs(gradient[x] - difference) < 1e-6 * abs(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver,sense",
     (
         (ReversibleHeun(), "stratonovich"),
-        pytest.param(diffrax.Euler(), "ito", marks=pytest.mark.slow),
-        pytest.param(diffrax.ItoMilstein(), "ito", marks=pytest.mark.slow),
-        pytest.param(diffrax.Heun(), "converted", marks=pytest.mark.slow),
+        (diffrax.Euler(), "ito"),
+        (diffrax.ItoMilstein(), "ito"),
+        (diffrax.Heun(), "converted"),
     ),
 )
 def test_log_ratio(solver, sense):
@@ -218,8 +219,10 @@ def test_log_ratio(solver, sense):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", noise_shapes)
-@pytest.mark.parametrize("dtype", (jnp.float64, jnp.float32))
+@pytest.mark.parametrize(
+    "noise, dtype",
+    (*((noise, jnp.float64) for noise in noise_shapes), ("diagonal", jnp.float32)),
+)
 def test_shifts_and_adjoints(noise, dtype):
     """A posterior given by its drift and by the shift of the noise is the same, if that
     is the smallest one. All adjoints agree, and so do batches.
