@@ -6,6 +6,10 @@ from ._adjoint import StochasticAdjoint as StochasticAdjoint
 from ._backward_sde import BackwardSDEAdjoint as BackwardSDEAdjoint
 from ._brownian import BrownianInterval as BrownianInterval
 from ._lipschitz import clip_lipschitz as clip_lipschitz, lipswish as lipswish
+from ._score import (
+    WindowedEnergyScore as WindowedEnergyScore,
+    energy_score as energy_score,
+)
 from ._solver import (
     EES25 as EES25,
     EES27 as EES27,

@@ -23,8 +23,9 @@ def update(
     optimiser: optax.GradientTransformation, model: Model, opt_state: Any, grads: Any
 ) -> tuple[Model, Any]:
     """One step of `optimiser`."""
+    params = eqx.filter(model, eqx.is_inexact_array)
     with jax.numpy_dtype_promotion("standard"):  # optax is not made for "strict"
-        updates, opt_state = optimiser.update(grads, opt_state)
+        updates, opt_state = optimiser.update(grads, opt_state, params)
     return eqx.apply_updates(model, updates), opt_state
 
 

@@ -1,9 +1,10 @@
-"""How alike two samples of series are: the metrics of an SDE-GAN, and what it has to
-beat. All are divided by the standard deviation of those held out, or do not depend on
-the scale.
+"""How alike two samples of series are: the metrics of generators, what they have to
+beat, and a figure. All are divided by the standard deviation of those held out, or do
+not depend on the scale.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,12 +13,15 @@ import jax.random as jr
 import numpy as np
 import optax
 import roughpy
-from common import update
+from common import plot_quantiles, update
 from jaxtyping import Array, Float, PRNGKeyArray
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
+from scipy.stats import ks_2samp
+from series import Data, Series
 
 
-Series = Float[np.ndarray, "num times dim"]
 HIDDEN, BATCH = 32, 256  # of the networks that tell series apart, and predict them
 DEPTH = 5  # of signatures
 float32 = jnp.float32
@@ -48,13 +52,41 @@ def marginal_mmd(x: Series, y: Series) -> float:
     """
 
     def at(x, y):
-        kernel = lambda a, b: np.exp(-0.5 * cdist(a, b, "sqeuclidean") / np.var(y))
+        x, y = x / np.std(y, axis=0), y / np.std(y, axis=0)
+        kernel = lambda a, b: np.exp(-0.5 * cdist(a, b, "sqeuclidean"))
         within = (
             (np.sum(kernel(a, a)) - len(a)) / (len(a) * (len(a) - 1)) for a in (x, y)
         )
         return sum(within) - 2 * np.mean(kernel(x, y))
 
     return float(np.mean([at(x[:, i], y[:, i]) for i in marginal_times(y)]))
+
+
+def ks_rejections(x: Series, y: Series, seed: int, size: int = 128) -> float:
+    """The share of Kolmogorov-Smirnov tests that reject, at the level of 5%, that
+    values of a channel at one time have the same law in both: of 100 random samples of
+    so many series of each, at five times. See Issa et al. 2023.
+    """
+    rng = np.random.default_rng((seed, 3))
+    size = min(size, len(x), len(y))
+    rejected = []
+    for _ in range(100):
+        a, b = (z[rng.permutation(len(z))[:size]] for z in (x, y))
+        for i in marginal_times(y):
+            for k in range(y.shape[-1]):
+                _, p_value = map(float, ks_2samp(a[:, i, k], b[:, i, k]))
+                rejected.append(p_value < 0.05)
+    return float(np.mean(rejected))
+
+
+def novelty(x: Series, held_out: Series, train: Series) -> float:
+    """How far series are from the nearest one of the training, in the median, by how
+    far those held out are: far below one, if they are learned by heart.
+    """
+    scale = np.std(train, axis=(0, 1))
+    flat = lambda z: (z / scale).reshape(len(z), -1)
+    nearest = lambda z: np.median(cdist(flat(z), flat(train)).min(axis=1))
+    return float(nearest(x) / nearest(held_out))
 
 
 def signatures(series: Series) -> Float[np.ndarray, "num terms"]:
@@ -82,7 +114,8 @@ def signatures(series: Series) -> Float[np.ndarray, "num terms"]:
 
 def signature_mmd(x: Series, y: Series) -> float:
     """The maximum mean discrepancy of signatures: the distance of their means."""
-    first, second = (np.mean(signatures(z / np.std(y)), axis=0) for z in (x, y))
+    scale = np.std(y, axis=(0, 1))
+    first, second = (np.mean(signatures(z / scale), axis=0) for z in (x, y))
     return float(np.linalg.norm(first - second))
 
 
@@ -97,7 +130,7 @@ class _Reader(eqx.Module):
         self.cell = eqx.nn.GRUCell(dim, HIDDEN, dtype=float32, key=cell_key)
         self.readout = eqx.nn.Linear(HIDDEN, out, dtype=float32, key=readout_key)
 
-    def __call__(self, series: Float[Array, "num times dim"]):
+    def __call__(self, series: Float[Array, "num times channels"]):
         def step(hidden, inputs):
             return jax.vmap(self.cell)(inputs, hidden), None
 
@@ -106,17 +139,19 @@ class _Reader(eqx.Module):
         return jax.vmap(self.readout)(hidden)
 
 
-def _with_changes(series: Series, held_out: Series) -> Float[Array, "num times 2*dim"]:
+def _with_changes(
+    series: Series, held_out: Series
+) -> Float[Array, "num times 2*channels"]:
     """Values and their changes, in units of what `held_out` has of either."""
-    values = series[:, 1:] / np.std(held_out)
-    changes = np.diff(series, axis=1) / np.std(np.diff(held_out, axis=1))
+    values = series[:, 1:] / np.std(held_out, axis=(0, 1))
+    changes = np.diff(series, axis=1) / np.std(np.diff(held_out, axis=1), axis=(0, 1))
     return jnp.asarray(np.concatenate([values, changes], axis=-1), float32)
 
 
 @eqx.filter_jit
 def _fit(
     loss: Callable[[Array, Array], Array],
-    series: Float[Array, "num times dim"],
+    series: Float[Array, "num times channels"],
     target: Float[Array, "num out"],
     steps: int,
     key: PRNGKeyArray,
@@ -139,7 +174,7 @@ def _fit(
 
 
 @eqx.filter_jit
-def _read(reader: _Reader, series: Float[Array, "num times dim"]):
+def _read(reader: _Reader, series: Float[Array, "num times channels"]):
     return reader(series)
 
 
@@ -172,9 +207,113 @@ def prediction_loss(train: Series, test: Series, steps: int, seed: int) -> float
 
     def future(series):
         change = series[:, seen:] - series[:, seen - 1 : seen]
-        return jnp.asarray(change.reshape(len(series), -1) / np.std(test), float32)
+        change = change / np.std(test, axis=(0, 1))
+        return jnp.asarray(change.reshape(len(series), -1), float32)
 
     past = lambda series: _with_changes(series[:, :seen], test)
     reader = _fit(_squared_error, past(train), future(train), steps, jr.key(seed))
     predicted = _read(reader, past(test))
     return float(jnp.mean(_squared_error(predicted, future(test))))
+
+
+def compare(
+    data: Data,
+    generated: Sequence[Series],
+    untrained: Sequence[Series],
+    samples: int,
+    steps: int,
+    seed: int,
+) -> dict[str, float]:
+    """All metrics of a generator before and after its training, of normal increments,
+    and of the series for training, each by two independent samples.
+    """
+    rng = np.random.default_rng((seed, 2))
+    choose = lambda x, num: x[rng.permutation(len(x))[:num]]
+    others = choose(data.held_out, samples)
+    real, first, second = np.split(choose(data.train, 3 * samples), 3)
+    normal = [gaussian_increments(data.train, samples, 2 * seed + i) for i in (0, 1)]
+    kinds = {
+        "generator": generated,
+        "untrained": untrained,
+        "normal increments": normal,
+        "series for training": (first, second),
+    }
+    scores = {}
+    for kind, (first, second) in kinds.items():
+        scores[f"real or not: {kind}"] = classification_accuracy(
+            (real, first), (others, second), steps, seed
+        )
+    metrics = {
+        "prediction": lambda x: prediction_loss(x, others, steps, seed),
+        "MMD of signatures": lambda x: signature_mmd(x, others),
+        "MMD^2 of marginals": lambda x: marginal_mmd(x, others),
+        "KS tests rejected": lambda x: ks_rejections(x, others, seed),
+        "novelty": lambda x: novelty(x, others, data.train),
+    }
+    for name, metric in metrics.items():
+        for kind, (first, *_) in kinds.items():
+            if (name, kind) != ("novelty", "series for training"):
+                scores[f"{name}: {kind}"] = metric(first)
+    return scores
+
+
+def plot(folder: Path, name: str, data: Data, generated: Series) -> None:
+    """Series, their quantiles, and their distributions at five times: a figure of each
+    channel, `{name}.png`, `{name}_1.png` and so on.
+    """
+    normal = gaussian_increments(data.train, len(generated), 0)
+    # One window is much like the next.
+    held_out = np.random.default_rng(0).permutation(data.held_out)
+    for k, label in enumerate(data.labels):
+        fig = _figure(
+            label, *(x[..., k : k + 1] for x in (held_out, generated, normal))
+        )
+        fig.savefig(folder / f"{name}{f'_{k}' if k else ''}.png", dpi=150)
+        plt.close(fig)
+
+
+def _figure(label: str, held_out: Series, generated: Series, normal: Series) -> Figure:
+    blue, orange, grey = "#0072B2", "#D55E00", "0.45"
+    times = held_out.shape[1]
+    t = np.arange(times)
+    fig = plt.figure(figsize=(15, 7.5), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, squeeze=False)[:, 0]
+    axes = top.subplots(1, 4)
+    low, high = np.quantile(held_out, (0.0005, 0.9995))
+    limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    for ax, title, x, colour in (
+        (axes[0], "Held-out series", held_out, grey),
+        (axes[1], "Generated series", generated, blue),
+    ):
+        ax.plot(t, x[:40, :, 0].T, color=colour, lw=0.7, alpha=0.8)
+        ax.set(title=title, xlabel="time", ylim=limits)
+    axes[0].set(ylabel=label)
+
+    ax = axes[2]
+    plot_quantiles(ax, t, held_out[..., 0], generated[..., 0], blue, "generated")
+    ax.set(title="Quantiles: 5, 25, 50, 75, 95%", xlabel="time", ylim=limits)
+
+    kinds = (
+        (held_out, grey, "held out"),
+        (generated, blue, "generated"),
+        (normal, orange, "normal increments"),
+    )
+    ax = axes[3]
+    lags = np.unique(np.round(np.geomspace(1, times - 1, 20)).astype(int))
+    for x, colour, name in kinds:
+        spread = [np.std(x[:, k:] - x[:, :-k]) for k in lags]
+        ax.loglog(lags, spread, "o-", color=colour, ms=3, label=name)
+    ax.set(title="Standard deviation of changes", xlabel="time between")
+    ax.legend(frameon=False)
+
+    axes = bottom.subplots(1, 5)
+    for ax, i in zip(axes, marginal_times(held_out), strict=True):
+        ends = np.quantile(held_out[:, i], (0.001, 0.999))
+        margin = 0.2 * np.ptp(ends)
+        edges = np.linspace(ends[0] - margin, ends[1] + margin, 41)
+        for x, colour, _ in kinds:
+            ax.hist(
+                x[:, i, 0], edges, density=True, histtype="step", color=colour, lw=1.8
+            )
+        ax.set(title=f"Density at time {i}", xlabel=label, yticks=[])
+    return fig

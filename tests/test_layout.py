@@ -22,6 +22,7 @@ floors = (
     "_misc",
     "_compat",
     "_lipschitz",
+    "_score",
 )
 
 

@@ -34,6 +34,8 @@ def test_public_names():
         "forward_sensitivity",
         "clip_lipschitz",
         "lipswish",
+        "energy_score",
+        "WindowedEnergyScore",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", diffrax_sde_adjoint.__version__)
 

@@ -20,6 +20,10 @@ from timing import interleaved_minima
 from diffrax_sde_adjoint import ReversibleHeun, clip_lipschitz
 
 
+TIMES, NOISE, INITIAL_NOISE, HIDDEN = 64, 3, 5, 16
+times = jnp.arange(TIMES, dtype=jnp.float32)
+
+
 @pytest.fixture
 def gan(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
@@ -37,17 +41,12 @@ class _Notebook:
     series, each with its own times; `VirtualBrownianTree`, and the default adjoint.
     """
 
-    def __init__(self, gan):
-        self.gan = gan
-
     def _solve(self, model, x, control, ts, saveat):
-        gan = self.gan
-
         def network(name, t, h, model):
-            return gan.evaluate(getattr(model, name), t, h[None])[0]
+            return model.evaluate(getattr(model, name), t, h[None])[0]
 
         def field(t, h, model):
-            return network("field", t, h, model).reshape(-1, gan.HIDDEN).T
+            return network("field", t, h, model).reshape(-1, HIDDEN).T
 
         terms = diffrax.MultiTerm(
             diffrax.ODETerm(partial(network, "drift")),
@@ -67,10 +66,10 @@ class _Notebook:
 
     def generate(self, generator, ts, key):
         start_key, path_key = jr.split(key)
-        struct = jax.ShapeDtypeStruct((self.gan.NOISE,), jnp.float32)
+        struct = jax.ShapeDtypeStruct((NOISE,), jnp.float32)
         path = diffrax.VirtualBrownianTree(ts[0], ts[-1], 0.5, struct, path_key)
-        start = jr.normal(start_key, (self.gan.INITIAL_NOISE,), jnp.float32)
-        return self._solve(generator, start, path, ts, diffrax.SaveAt(ts=ts))
+        start = jr.normal(start_key, (INITIAL_NOISE,), jnp.float32)
+        return self._solve(generator.sde, start, path, ts, diffrax.SaveAt(ts=ts))
 
     def criticise(self, critic, ts, series):
         path = diffrax.LinearInterpolation(ts, series)
@@ -85,20 +84,20 @@ class _Notebook:
 
 
 def test_notebook_solves_the_same_equations(gan):
-    times = gan.times()
     saveat = diffrax.SaveAt(t1=True)
-    for model in _models(gan):
+    generator, critic = _models(gan)
+    for model in (generator.sde, critic):
         x_key, path_key = jr.split(jr.key(1))
         x = jr.normal(x_key, (3, model.initial.in_size), jnp.float32)
-        num = model.field.out_size // gan.HIDDEN
-        steps = jr.normal(path_key, (3, gan.TIMES, num), jnp.float32)
+        num = model.field.out_size // HIDDEN
+        steps = jr.normal(path_key, (3, TIMES, num), jnp.float32)
         paths = 0.3 * jnp.cumsum(steps, axis=1)
         control = diffrax.LinearInterpolation(times, jnp.swapaxes(paths, 0, 1))
-        ours = model(x, control, saveat, gan.REVERSIBLE)[0]
+        ours = model(x, control, TIMES - 1, 1.0, saveat, gan.REVERSIBLE)[0]
 
         def theirs(x, path, model=model):
             control = diffrax.LinearInterpolation(times, path)
-            return _Notebook(gan)._solve(model, x, control, times, saveat)[0]
+            return _Notebook()._solve(model, x, control, times, saveat)[0]
 
         assert jnp.allclose(ours, jax.vmap(theirs)(x, paths), rtol=1e-3, atol=1e-3)
 
@@ -112,18 +111,17 @@ def _compiled(function, *args):
 @pytest.mark.parametrize("batch, promised", [(128, 4), (1024, 5)])
 def test_generator_step(gan, batch, promised, record_row):
     generator, critic = _models(gan)
-    notebook = _Notebook(gan)
+    notebook = _Notebook()
     key = jr.key(1)
     keys = jr.split(key, batch)
-    shared_times = gan.times()
-    own_times = jnp.broadcast_to(shared_times, (batch, gan.TIMES))
+    own_times = jnp.broadcast_to(times, (batch, TIMES))
 
     def score(generator, critic, method, key):
-        series = gan.generate(generator, batch, key, method)
+        series = generator(batch, key, method)
         return jnp.mean(gan.criticise(critic, series, method))
 
     tree = gan.REVERSIBLE._replace(
-        brownian=lambda t0, t1, struct, key: diffrax.VirtualBrownianTree(
+        brownian=lambda t0, t1, struct, key, dt: diffrax.VirtualBrownianTree(
             t0, t1, 0.5, struct, key
         ),
         adjoint=diffrax.RecursiveCheckpointAdjoint(),
@@ -134,17 +132,17 @@ def test_generator_step(gan, batch, promised, record_row):
         "ours": (score, critic, ours, key),
         "its path, default adjoint": (score, critic, default_adjoint, key),
         "tree, default adjoint": (score, critic, tree, key),
-        "notebook, one set of times": (notebook.score, critic, shared_times, keys),
+        "notebook, one set of times": (notebook.score, critic, times, keys),
         "notebook": (notebook.score, critic, own_times, keys),
     }
-    times = interleaved_minima(
+    seconds = interleaved_minima(
         {
             name: _compiled(eqx.filter_grad(loss), generator, *args)
             for name, (loss, *args) in cases.items()
         }
     )
-    row = {name: f"{1e3 * value:.0f}" for name, value in times.items()}
-    ratio = times["notebook"] / times["ours"]
+    row = {name: f"{1e3 * value:.0f}" for name, value in seconds.items()}
+    ratio = seconds["notebook"] / seconds["ours"]
     row["notebook / ours"] = f"{ratio:.1f}"
     record_row("Gradient of an SDE-GAN's generator, ms", {"batch": str(batch), **row})
     assert ratio >= promised
@@ -152,8 +150,9 @@ def test_generator_step(gan, batch, promised, record_row):
 
 def test_training_step(gan, record_row):
     models = _models(gan)
-    series = jnp.asarray(gan.ornstein_uhlenbeck(128, 0), jnp.float32)
-    optimisers = gan.Pair(*(gan.make_optimiser(1e-4, 1000) for _ in models))
+    series = jnp.asarray(gan.load("ou", "validation").train[:128])
+    optimiser = gan.make_optimiser(gan.RECIPES["ours"], 1e-4)
+    optimisers = gan.Pair(optimiser, optimiser)
     state = gan.initial_state(models, optimisers)
     methods = {
         "Midpoint, penalty": (gan.Method(diffrax.Midpoint()), 10.0),
@@ -161,7 +160,7 @@ def test_training_step(gan, record_row):
         "Midpoint, clipping": (gan.Method(diffrax.Midpoint()), None),
         "ReversibleHeun, clipping": (gan.Method(ReversibleHeun()), None),
     }
-    times = interleaved_minima(
+    seconds = interleaved_minima(
         {
             name: _compiled(
                 partial(
@@ -179,8 +178,8 @@ def test_training_step(gan, record_row):
             for name, (method, penalty) in methods.items()
         }
     )
-    best = times["ReversibleHeun, clipping"]
-    for name, value in times.items():
+    best = seconds["ReversibleHeun, clipping"]
+    for name, value in seconds.items():
         row = {"": name, "ms": f"{1e3 * value:.1f}", "/ ours": f"{value / best:.2f}"}
         record_row("Training step of an SDE-GAN, 128 series", row)
-    assert best == min(times.values())
+    assert best == min(seconds.values())

@@ -206,6 +206,74 @@ def test_dlgm_diffusion_limit(example, tmp_path, measured):
 
 
 @pytest.mark.slow
+def test_neural_sde_score(example, tmp_path):
+    scores = example("neural_sde_score").main(
+        data="ou",
+        windows=4,
+        steps=60,
+        batch=64,
+        generated=32,
+        metric_steps=5,
+        samples=100,
+        out=tmp_path,
+    )
+    assert all(map(np.isfinite, scores.values()))
+    assert scores["loss: last 10 steps"] < 0.9 * scores["loss: first 10 steps"]
+    mmd = lambda kind: scores[f"MMD^2 of marginals: {kind}"]
+    assert mmd("generator") < 0.3 * mmd("untrained")
+    assert (tmp_path / "ou.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_neural_sde_score_of_channels_with_gaps(example, tmp_path):
+    scores = example("neural_sde_score").main(
+        data="shares",
+        hidden=0.3,
+        averaged=True,
+        windows=2,
+        steps=4,
+        batch=32,
+        generated=16,
+        held_out="validation",
+        metric_steps=2,
+        samples=20,
+        out=tmp_path,
+    )
+    assert all(map(np.isfinite, scores.values()))
+    assert (tmp_path / "shares_1.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_averaged_generator(example):
+    """Its values are means until the next time: here, of straight lines."""
+    models = example("neural_de")
+
+    @eqx.filter_jit
+    def series(steps_per_time, is_averaged):
+        model = models.Generator(
+            1,
+            5,
+            jr.key(0),
+            steps_per_time=steps_per_time,
+            is_averaged=is_averaged,
+            sees_time=False,
+        )
+        of = lambda x: (x.sde.drift, x.sde.field)
+        drift, field = (models.scaled(x, 0.0) for x in of(model))
+        bias = lambda x: x.layers[-1].bias
+        drift = eqx.tree_at(bias, drift, jnp.linspace(-1, 1, 16, dtype=jnp.float32))
+        return eqx.tree_at(of, model, (drift, field))(3, jr.key(1))[..., 0]
+
+    for steps_per_time in (1, 2):
+        line, means = (series(steps_per_time, x) for x in (False, True))
+        assert line.shape == means.shape == (3, 5)
+        slope = line[:, 1:] - line[:, :-1]
+        assert np.all(np.abs(slope) > 1e-3)
+        assert np.allclose(slope, slope[0, 0], rtol=1e-3)
+        assert np.allclose(means, line + 0.5 * slope[0, 0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_sde_gan(example, tmp_path):
     scores = example("sde_gan").main(
         data="ou",
@@ -223,15 +291,16 @@ def test_sde_gan(example, tmp_path):
 
 
 @pytest.mark.slow
-def test_sde_gan_with_a_penalty(example, tmp_path):
+def test_sde_gan_with_a_penalty_and_the_recipe_of_the_paper(example, tmp_path):
     gan = example("sde_gan")
     settings = dict(
+        recipe="paper",
         held_out="validation",
         solver="midpoint",
         penalty=1e5,
         steps=40,
         batch=16,
-        learning_rates=(1e-12, 1e-3),
+        learning_rates=(1e-6, 1e-3),
         metric_steps=2,
         samples=20,
         out=tmp_path,
@@ -252,9 +321,9 @@ def test_averages_of_generators(example):
     assert jnp.allclose(average, models[3:].mean(axis=0), rtol=1e-6)
 
 
-def test_data_of_the_sde_gan(example):
-    gan = example("sde_gan")
-    y = gan.ornstein_uhlenbeck(4096, 0)[..., 0]
+def test_series(example):
+    series = example("series")
+    y = series.ornstein_uhlenbeck(4096, 0)[..., 0]
     t = np.arange(64)
     mean = 0.2 * t - 2 + 2 * np.exp(-0.1 * t)
     var = np.exp(-0.2 * t) / 3 + 0.4**2 * (1 - np.exp(-0.2 * t)) / 0.2
@@ -263,17 +332,21 @@ def test_data_of_the_sde_gan(example):
     lag = np.mean((y[:, 40] - mean[40]) * (y[:, 30] - mean[30]))
     assert abs(lag / (np.exp(-1) * var[30]) - 1) < 0.25
 
-    split = gan.glucose_windows()
-    sizes = {name: len(x) for name, x in split.items()}
-    assert sizes["train"] > 2 * sizes["test"] > 4 * sizes["validation"] > 1000
-    parts = []
-    for x in split.values():
-        assert x.shape[1:] == (64, 1) and np.isfinite(x).all()
-        # Four hours of readings are found in one part only.
-        parts.append({w.tobytes() for y in x for w in (y[:16], y[-16:])})
-    assert sum(map(len, parts)) == len(set.union(*parts))
-    start = gan.load("glucose", "test").train[:, 0]
-    assert abs(start.mean()) < 1e-4 and abs(start.std() - 1) < 1e-4
+    for name, channels in (("glucose", 1), ("shares", 2)):
+        split = getattr(series, f"{name.rstrip('s')}_windows")()
+        sizes = {part: len(x) for part, x in split.items()}
+        assert sizes["train"] > 2 * sizes["test"] > 3 * sizes["validation"] > 1000
+        parts = []
+        for x in split.values():
+            assert x.shape[1:] == (64, channels) and np.isfinite(x).all()
+            # Four hours of readings, or 16 days, are found in one part only.
+            changes = np.diff(x, axis=1)
+            ends = (w.tobytes() for y in changes for w in (y[:15], y[-15:]))
+            parts.append(set(ends))
+        assert sum(map(len, parts)) == len(set.union(*parts))
+        start = series.load(name, "test").train[:, 0]
+        assert np.all(np.abs(start.mean(axis=0)) < 1e-4)
+        assert np.all(np.abs(start.std(axis=0) - 1) < 1e-4)
 
 
 def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
@@ -284,6 +357,7 @@ def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
     monkeypatch.setattr(gan, "TIMES", 3)
     critic = eqx.filter_jit(gan.make_critic)(1, jr.key(0))
     names = ("initial", "drift", "field", "readout")
+    hidden = critic.readout.in_features
     scaled = lambda model, scale: jax.tree.map(
         lambda x: scale * x if eqx.is_array(x) else x, model
     )
@@ -327,7 +401,7 @@ def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
         y = yhat = start
         for s, d in jnp.abs(jnp.stack([step, step_change], axis=-1)):
             # Of the vector field times the step, at a distance of the states.
-            apart = lambda distance, s=s, d=d: (1 + s) * distance + gan.HIDDEN * d
+            apart = lambda distance, s=s, d=d: (1 + s) * distance + hidden * d
             before = apart(yhat)
             yhat = 2 * y + yhat + before
             y = y + 0.5 * (before + apart(yhat))
@@ -408,6 +482,13 @@ def test_series_metrics(example):
     normal = rng.normal(size=(2, num, 6, 1))
     exact = 2 / 3**0.5 * (1 - np.exp(-(d**2) / 6))
     assert abs(metrics.marginal_mmd(normal[0] + d, normal[1]) - exact) < 0.02
+
+    assert metrics.ks_rejections(x, y, 0) < 0.12
+    assert metrics.ks_rejections(x + drifting, y, 0) > 0.6
+    both = np.concatenate([x, 5 * x], axis=-1)
+    assert metrics.ks_rejections(both, np.concatenate([y, y], axis=-1), 0) > 0.3
+    assert metrics.novelty(x[:100] + 1e-3, y, x) < 0.01
+    assert 0.9 < metrics.novelty(z, y, x) < 1.1
 
     alike = metrics.classification_accuracy(
         (x[:300], y[:300]), (x[300:], y[300:]), 60, 0

@@ -1,0 +1,211 @@
+"""The neural SDE that generates series, and the neural CDE that may read them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from diffrax import (
+    AbstractAdjoint,
+    AbstractPath,
+    AbstractSolver,
+    AbstractTerm,
+    MultiTerm,
+    ODETerm,
+    SaveAt,
+    diffeqsolve,
+)
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffrax_sde_adjoint import (
+    BrownianInterval,
+    ReversibleHeun,
+    StochasticAdjoint,
+    lipswish,
+)
+
+
+INITIAL_NOISE, NOISE, HIDDEN, WIDTH = 5, 3, 16, 16
+float32 = jnp.float32
+
+
+def brownian_interval(t0, t1, shape, key: PRNGKeyArray, dt) -> AbstractPath:
+    return BrownianInterval(t0, t1, shape, key, dt=dt)
+
+
+class Method(NamedTuple):
+    """How an equation is solved and differentiated. They are short, so memory is no
+    concern; and 63 steps of reversible Heun could not be undone in single precision.
+    """
+
+    solver: AbstractSolver = ReversibleHeun()
+    adjoint: AbstractAdjoint = StochasticAdjoint(store_all=True)
+    brownian: Callable[..., AbstractPath] = brownian_interval
+
+
+REVERSIBLE = Method()
+
+
+class NeuralDE(eqx.Module):
+    """`dh = f(t, h) dt + g(t, h) dX` from `h(0) = initial(x)`, and a linear map of it.
+
+    As a generator, `X` is Brownian motion and `x` noise. As a critic, `X` is a series
+    and `x` its start. `X` drives the first `driven` entries of `h`, by default all.
+    """
+
+    initial: eqx.nn.MLP
+    drift: eqx.nn.MLP
+    field: eqx.nn.MLP
+    readout: eqx.nn.Linear
+    end: float | None = eqx.field(static=True)  # of the times that networks see
+
+    def __init__(
+        self,
+        num_x: int,
+        control: int,
+        out: int,
+        key: PRNGKeyArray,
+        *,
+        end: float | None,
+        hidden: int = HIDDEN,
+        width: int = WIDTH,
+        driven: int | None = None,
+    ):
+        driven = hidden if driven is None else driven
+        keys = jr.split(key, 4)
+
+        def mlp(num_in, num_out, last, key):
+            return eqx.nn.MLP(
+                num_in, num_out, width, 1, lipswish, last, dtype=float32, key=key
+            )
+
+        inputs = hidden if end is None else 1 + hidden
+        self.initial = mlp(num_x, hidden, lambda x: x, keys[0])
+        self.drift = mlp(inputs, hidden, jnp.tanh, keys[1])
+        self.field = mlp(inputs, driven * control, jnp.tanh, keys[2])
+        self.readout = eqx.nn.Linear(hidden, out, dtype=float32, key=keys[3])
+        self.end = end
+
+    def __call__(
+        self,
+        x: Float[Array, "batch x"],
+        control: AbstractPath,
+        steps: int,
+        dt: float,
+        saveat: SaveAt,
+        method: Method,
+    ) -> Float[Array, "times batch out"]:
+        hidden = self.readout.in_features
+        assert isinstance(hidden, int)
+        sol = diffeqsolve(
+            MultiTerm(ODETerm(drift), FieldTerm(control, hidden)),
+            method.solver,
+            jnp.zeros((), float32),
+            jnp.asarray(steps * dt, float32),
+            jnp.asarray(dt, float32),
+            jax.vmap(self.initial)(x),
+            self,
+            saveat=saveat,
+            adjoint=method.adjoint,
+            max_steps=steps,
+        )
+        assert sol.ys is not None
+        return jax.vmap(jax.vmap(self.readout))(sol.ys)
+
+    def evaluate(self, network: eqx.nn.MLP, t, h: Float[Array, "batch hidden"]):
+        if self.end is not None:
+            time = jnp.broadcast_to(t / self.end, (len(h), 1))
+            h = jnp.concatenate([time, h], axis=1)
+        return jax.vmap(network)(h)
+
+
+def drift(t, h, model: NeuralDE):
+    return model.evaluate(model.drift, t, h)
+
+
+class FieldTerm(AbstractTerm):
+    """`g(t, h) dX`, for a batch of `h` and of `X`."""
+
+    control: AbstractPath
+    hidden: int = eqx.field(static=True)
+
+    def vf(self, t, y, args: NeuralDE):
+        return args.evaluate(args.field, t, y)
+
+    def contr(self, t0, t1, **kwargs):
+        return self.control.evaluate(t0, t1, **kwargs)
+
+    def prod(self, vf, control):
+        # Written out, as XLA is slow to sum over short axes on a CPU.
+        columns = jnp.split(vf, control.shape[-1], axis=1)
+        driven = sum(x * control[:, i : i + 1] for i, x in enumerate(columns))
+        rest = self.hidden - columns[0].shape[1]
+        return jnp.pad(driven, ((0, 0), (0, rest)))
+
+
+class Generator(eqx.Module):
+    """A neural SDE that makes series of noise, at times 0, 1, ..., `times` - 1.
+
+    What is read from a state that Brownian motion drives is as rough. If `is_averaged`,
+    a value is the mean of what is read until the time after it, as are data that were
+    measured more often; and Brownian motion drives half of the state only, so that the
+    other half is smooth. If not `sees_time`, networks do not see what time it is.
+    """
+
+    sde: NeuralDE
+    times: int = eqx.field(static=True)
+    is_averaged: bool = eqx.field(static=True)
+    steps_per_time: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        times: int,
+        key: PRNGKeyArray,
+        *,
+        is_averaged: bool = False,
+        sees_time: bool = True,
+        steps_per_time: int = 1,
+        hidden: int = HIDDEN,
+        width: int = WIDTH,
+    ):
+        self.sde = NeuralDE(
+            INITIAL_NOISE,
+            NOISE,
+            channels,
+            key,
+            end=times - 1.0 if sees_time else None,
+            hidden=hidden,
+            width=width,
+            driven=hidden // 2 if is_averaged else None,
+        )
+        self.times = times
+        self.is_averaged = is_averaged
+        self.steps_per_time = steps_per_time
+
+    def __call__(
+        self, num: int, key: PRNGKeyArray, method: Method = REVERSIBLE
+    ) -> Float[Array, "num times channels"]:
+        """Series, each of its own noise."""
+        start_key, path_key = jr.split(key)
+        every = self.steps_per_time
+        steps = every * (self.times - 1 + self.is_averaged)
+        dt = 1 / every
+        struct = jax.ShapeDtypeStruct((num, NOISE), float32)
+        end = jnp.asarray(steps * dt, float32)
+        path = method.brownian(jnp.zeros_like(end), end, struct, path_key, dt)
+        start = jr.normal(start_key, (num, INITIAL_NOISE), float32)
+        saveat = SaveAt(t0=True, steps=True)
+        series = self.sde(start, path, steps, dt, saveat, method)
+        if self.is_averaged:
+            series = 0.5 * (series[:-1] + series[1:])
+            series = jnp.mean(series.reshape(-1, every, *series.shape[1:]), axis=1)
+        else:
+            series = series[::every]
+        return jnp.swapaxes(series, 0, 1)
+
+
+def scaled(layers, factor: float):
+    return jax.tree.map(lambda x: factor * x if eqx.is_array(x) else x, layers)
