@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
-from .._compat import BoolScalarLike, State, Y, while_loop
+from .._compat import BoolScalarLike, RealScalarLike, State, Y, while_loop
 from .._misc import in_scope
 
 
@@ -147,21 +147,9 @@ def loop_and_record(
     from there, as this is looked at for elements that made none.
     """
     num_pages = max(1, math.ceil(max_steps / steps_per_page))
-    # Not zeros: in a batch, a step is made from here for elements that made none.
-    full = lambda *shape: jnp.full(shape, init_state.tprev)
-    init_starts = full(num_pages, steps_per_page) if may_have_gaps else None
-    init_ends = full(num_pages, steps_per_page + 1)
-    init_made = None
-    if keeps_steps:
-        _, first = init_state.solver_state
-        init_made = jtu.tree_map(
-            lambda x: (
-                jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype)
-                .at[0, 0]
-                .set(x)
-            ),
-            first,
-        )
+    init_pages = _empty_pages(
+        init_state, num_pages, steps_per_page, may_have_gaps, keeps_steps
+    )
 
     def get_snapshot(state):
         if not take_snapshots:
@@ -179,36 +167,18 @@ def loop_and_record(
 
     def fill_page(val):
         state, prev_t1, (largest_y, largest_change), pages, all_snapshots = val
-        num_before = state.num_accepted_steps
+        i = state.num_accepted_steps // steps_per_page
         snapshot = get_snapshot(state)
-
-        def has_room(val):
-            state, *_ = val
-            num_on_page = state.num_accepted_steps - num_before
-            return is_running(state) & (num_on_page < steps_per_page)
-
-        step = lambda val: _step_and_write(body_fun, num_before, *val)
+        *init_times, init_made = init_pages
         page = (
-            *jtu.tree_map(
-                lambda x: jnp.full(x.shape[1:], prev_t1), (init_starts, init_ends)
-            ),
+            *jtu.tree_map(lambda x: jnp.full(x.shape[1:], prev_t1), init_times),
             jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), init_made),
         )
         # The same, but for what is written when the page is full.
         val = (state, prev_t1, largest_y, page)
-        if steps_per_page == 1:
-            val = step(val)
-        else:
-            val = while_loop(
-                has_room,
-                step,
-                val,
-                buffers=lambda val: (*buffers(val[0]), val[3][2]),
-                kind="lax",
-            )
+        val = _take_steps(is_running, body_fun, buffers, steps_per_page, val)
         state, prev_t1, largest_y, page = val
         # The new trees go first, as buffers are trees themselves.
-        i = num_before // steps_per_page
         write = lambda new, old: old.at[i].set(new)
         pages = jtu.tree_map(write, page, pages)
         all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
@@ -219,7 +189,6 @@ def loop_and_record(
     # The loop over pages carries the state of the solve, the end of the last accepted
     # step, the largest size of each entry of the solution and of its change, the pages
     # and the snapshots.
-    init_pages = (init_starts, init_ends, init_made)
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
     final_state, _, largest, (starts, ends, made), snapshots = while_loop(
@@ -231,6 +200,55 @@ def loop_and_record(
     )
     num_steps = jnp.asarray(final_state.num_accepted_steps)
     return final_state, Tape(ends, starts, snapshots, *largest, num_steps, made)
+
+
+def _empty_pages(
+    init_state: State,
+    num_pages: int,
+    steps_per_page: int,
+    may_have_gaps: bool,
+    keeps_steps: bool,
+) -> tuple[Array | None, Array, PyTree[Array] | None]:
+    """The starts and the ends of steps, and what is kept of each."""
+    # Not zeros: in a batch, a step is made from here for elements that made none.
+    full = lambda *shape: jnp.full(shape, init_state.tprev)
+    starts = full(num_pages, steps_per_page) if may_have_gaps else None
+    ends = full(num_pages, steps_per_page + 1)
+    if not keeps_steps:
+        return starts, ends, None
+    _, first = init_state.solver_state
+    zeros = lambda x: jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype)
+    return starts, ends, jtu.tree_map(lambda x: zeros(x).at[0, 0].set(x), first)
+
+
+def _take_steps(
+    is_running: Callable[[State], Bool[Array, ""]],
+    body_fun: Callable[[State], State],
+    buffers: Callable[[State], Any],
+    steps_per_page: int,
+    init_val: tuple[State, RealScalarLike, Y, Any],
+) -> tuple[State, RealScalarLike, Y, Any]:
+    """Takes steps until a page is full. What is carried is the state of the solve, the
+    end of the last accepted step, the largest size of each entry of the solution, and
+    the page.
+    """
+    num_before = init_val[0].num_accepted_steps
+
+    def has_room(val):
+        state, *_ = val
+        num_on_page = state.num_accepted_steps - num_before
+        return is_running(state) & (num_on_page < steps_per_page)
+
+    step = lambda val: _step_and_write(body_fun, num_before, *val)
+    if steps_per_page == 1:
+        return step(init_val)
+    return while_loop(
+        has_room,
+        step,
+        init_val,
+        buffers=lambda val: (*buffers(val[0]), val[3][2]),
+        kind="lax",
+    )
 
 
 @in_scope("forward_step")

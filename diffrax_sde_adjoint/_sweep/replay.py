@@ -30,24 +30,6 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     back through them.
     """
     num_steps = maximum(page.num_steps, sweep.axes)
-
-    def once(fn: Callable[[Step, _T], _T], step: Step, x: _T) -> _T:
-        """`fn(step, x)`, apart from the arrays of all steps, which are large, if what
-        is carried is small: see `docs/how_it_works/small_loops.md`.
-        """
-        if max(map(num_bytes, jtu.tree_leaves(x)), default=0) > _small:
-            return fn(step, x)
-        times, others = eqx.partition(step, eqx.is_array)
-
-        # It is not known to XLA that this is a loop of one iteration. It would take out
-        # of it what does not change, which is why the times do.
-        def body(_, val):
-            times, x = val
-            return zeros_like(times), fn(eqx.combine(times, others), x)
-
-        _, x = lax.fori_loop(0, jnp.minimum(num_steps, 1), body, (times, x))
-        return x
-
     length = sweep.tape.steps_per_page
     assert page.snapshot is not None
     first = page.step(jnp.array(0), True)
@@ -84,7 +66,8 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         k, state0, all_made = val
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
-        state1, made = once(
+        state1, made = _once(
+            num_steps,
             lambda step, val: make(step, val[0]),
             page.step(jnp.minimum(k, last), True),
             (state0, nothing),
@@ -109,7 +92,8 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     ) -> SweepState:
         made = jtu.tree_map(lambda x: x[k], all_made)
         step = page.step(k, is_made)
-        carry, _ = once(
+        carry, _ = _once(
+            num_steps,
             lambda step, val: (pull_back(step, val[1], val[0]), val[1]),
             step,
             (carry, made),
@@ -117,3 +101,23 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         return carry
 
     return sweep.backwards(page.num_steps, undo_step, carry)
+
+
+def _once(
+    num_steps: Int[Array, ""], fn: Callable[[Step, _T], _T], step: Step, x: _T
+) -> _T:
+    """`fn(step, x)`, for one of `num_steps`, apart from the arrays of all steps, which
+    are large, if what is carried is small: see `docs/how_it_works/small_loops.md`.
+    """
+    if max(map(num_bytes, jtu.tree_leaves(x)), default=0) > _small:
+        return fn(step, x)
+    times, others = eqx.partition(step, eqx.is_array)
+
+    # It is not known to XLA that this is a loop of one iteration. It would take out of
+    # it what does not change, which is why the times do.
+    def body(_, val):
+        times, x = val
+        return zeros_like(times), fn(eqx.combine(times, others), x)
+
+    _, x = lax.fori_loop(0, jnp.minimum(num_steps, 1), body, (times, x))
+    return x

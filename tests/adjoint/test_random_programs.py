@@ -212,7 +212,11 @@ def test_draws_differ():
 # By default a few, which are quick to compile and differ in much: ours without noise,
 # with `StepTo` and snapshots, and with jumps, in float32, over two axes of a batch.
 @pytest.mark.parametrize(
-    "seed", by_default_unless(lambda seed: seed not in (31, 32), range(72))
+    "seed",
+    (
+        *by_default_unless(lambda seed: seed not in (31, 32), range(72)),
+        *(pytest.param(seed, marks=pytest.mark.long) for seed in range(72, 200)),
+    ),
 )
 def test_random_program(seed, request):
     program = draw(seed)
