@@ -47,7 +47,8 @@ def energy_score(
 
     **Returns:**
 
-    A number, in the unit of the data. It can be negative in a small sample.
+    A number, in the unit of the data. It can be negative in a small sample, and is NaN
+    if a number that it takes is.
 
     **Raises:**
 
@@ -138,8 +139,8 @@ class WindowedEnergyScore(eqx.Module):
         - `num_windows`: those of an evaluation, at least one. Zero leaves them out.
         - `weight_of_whole`: $\alpha$, of whole series. Zero leaves them out.
         - `regularisation`: this part of the variance of a channel is added to the
-            variance of each of its values. What is smaller in the data (by default, an
-            error of measurement of one percent) need not be matched.
+            variance of each of its values; above zero. What is smaller in the data (by
+            default, an error of measurement of one percent) need not be matched.
 
         The covariance has $(\text{times} \cdot \text{channels})^2$ entries.
         """
@@ -150,11 +151,7 @@ class WindowedEnergyScore(eqx.Module):
                 f"{data.shape} and {data.dtype}. For one channel, pass "
                 "`data[..., None]`."
             )
-        if mask is not None and mask.shape != data.shape:
-            raise ValueError(
-                "`WindowedEnergyScore(data, mask)` takes a mask of the shape of `data`,"
-                f" {data.shape}, but its shape is {mask.shape}."
-            )
+        _check_mask("WindowedEnergyScore", data, mask)
         num, times, channels = data.shape
         if num_windows > 0 and not 2 <= window <= times:
             raise ValueError(
@@ -166,6 +163,8 @@ class WindowedEnergyScore(eqx.Module):
                 "`WindowedEnergyScore` takes `num_windows` and `weight_of_whole` of at "
                 "least zero, and not both zero."
             )
+        if not regularisation > 0:
+            raise ValueError("`WindowedEnergyScore` takes a positive `regularisation`.")
         known = jnp.ones_like(data) if mask is None else mask.astype(data.dtype)
         data = data if mask is None else jnp.where(mask, data, 0)
         num_known = jnp.sum(known, axis=(0, 1))
@@ -183,9 +182,11 @@ class WindowedEnergyScore(eqx.Module):
         covariance = covariance + regularisation * jnp.eye(
             len(covariance), dtype=data.dtype
         )
+        rounding = 100 * float(jnp.finfo(data.dtype).eps) * jnp.abs(centre)
+        is_right = jnp.all(jnp.isfinite(covariance)) & jnp.all(self.scale > rounding)
         covariance = eqx.error_if(
             covariance,
-            jnp.invert(jnp.all(jnp.isfinite(covariance))),
+            jnp.invert(is_right),
             "`WindowedEnergyScore(data, mask)` needs data that is finite where it is "
             "known, no channel that is constant, and for any two entries of the series "
             "some in which both are known.",
@@ -288,6 +289,10 @@ def _check_samples(name: str, data, generated, mask) -> None:
             " of `data` and two of `generated` along the first axis. They are of shape "
             f"{data.shape} and {generated.shape}, and of dtype {data.dtype}."
         )
+    _check_mask(name, data, mask)
+
+
+def _check_mask(name: str, data, mask) -> None:
     if mask is not None and (mask.shape != data.shape or mask.dtype != jnp.bool_):
         raise ValueError(
             f"`{name}(..., mask=...)` takes an array of booleans, of the shape of "
@@ -298,12 +303,12 @@ def _check_samples(name: str, data, generated, mask) -> None:
 def _score(
     x: Float[Array, "num size"], y: Float[Array, "samples size"]
 ) -> Float[Array, ""]:
-    # Products of what is far from zero would lose digits.
-    centre = lax.stop_gradient(jnp.mean(y, axis=0))
-    x, y = x - centre, y - centre
+    # Products of what is far from zero would lose digits. One sample may be far off.
+    centre, median = lax.stop_gradient((jnp.mean(x, axis=0), jnp.median(y, axis=0)))
+    between = jnp.mean(_distances(x - centre, y - centre))
     apart = jnp.invert(jnp.eye(len(y), dtype=bool))
-    within = jnp.sum(_distances(y, y, apart)) / (len(y) * (len(y) - 1))
-    return jnp.mean(_distances(x, y)) - 0.5 * within
+    within = jnp.sum(_distances(y - median, y - median, apart))
+    return between - 0.5 * within / (len(y) * (len(y) - 1))
 
 
 def _score_of_own(
@@ -333,9 +338,11 @@ def _distances(
 def _root(
     square: Float[Array, "..."], rounding: Float[Array, "..."] | int
 ) -> Float[Array, "..."]:
-    """The root of what is more than rounding, and zero, also its derivative, else."""
-    is_more = square > rounding
-    return jnp.where(is_more, jnp.sqrt(jnp.where(is_more, square, 1)), 0)
+    """The root of what is more than rounding, and zero, also its derivative, of what is
+    not. What is not a number stays so.
+    """
+    is_zero = square - rounding <= 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def _product(x: Float[Array, "*a b"], y: Float[Array, "b c"]) -> Float[Array, "*a c"]:

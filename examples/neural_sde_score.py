@@ -87,7 +87,7 @@ def main(
     window: int = 8,
     windows: int = 16,
     whole: float = 0.125,
-    hidden: float = 0.0,
+    missing: float = 0.0,
     averaged: bool | None = None,
     sees_time: bool | None = None,
     steps_per_time: int = 1,
@@ -111,7 +111,7 @@ def main(
         window: the times of a window.
         windows: those of each step of the optimiser; none, if it is 0.
         whole: the weight of the score of whole series.
-        hidden: the share of values of the training series that are not seen.
+        missing: the share of values that are not seen in each of the training series.
         averaged: whether each value is the mean of what is generated until the next
             one. By default, for glucose, which is measured so.
         sees_time: whether networks do. By default, if the law of the data depends on
@@ -137,9 +137,9 @@ def main(
     dataset = load(data, held_out)
     series = jnp.asarray(dataset.train)
     is_seen = None
-    if hidden > 0:
+    if missing > 0:
         rng = np.random.default_rng((seed, 4))
-        is_seen = jnp.asarray(rng.uniform(size=series.shape) >= hidden)
+        is_seen = jnp.asarray(rng.uniform(size=series.shape) >= missing)
     score = WindowedEnergyScore(
         series, is_seen, window=window, num_windows=windows, weight_of_whole=whole
     )
@@ -169,7 +169,7 @@ def main(
     one_step = lambda state, i: step(state, score, series, is_seen, jnp.asarray(i))
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
-    samples = min(samples, len(dataset.train) // 3, len(dataset.held_out))
+    samples = min(samples, len(dataset.train), len(dataset.held_out))
     sample = eqx.filter_jit(lambda model, key: model(samples, key))
     pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
     ours, others = pair(state.generator, keys[3]), pair(untrained.generator, keys[4])

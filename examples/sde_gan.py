@@ -169,7 +169,9 @@ def initial_state(models: Pair, optimisers: Pair) -> State:
     return State(models, opt_states, models.generator)
 
 
-def averaged(average: Generator, model: Generator, num: Int[Array, ""]) -> Generator:
+def mean_of_models(
+    average: Generator, model: Generator, num: Int[Array, ""]
+) -> Generator:
     """The average of `num` models, of which `average` is, and of another one. Of none,
     it is the other one.
     """
@@ -209,7 +211,7 @@ def train_step(
     models, opt_states = (Pair(*each) for each in zip(*new, strict=True))
     if penalty is None:
         models = models._replace(critic=clip_lipschitz(models.critic))
-    average = averaged(state.average, models.generator, i - averaged_from)
+    average = mean_of_models(state.average, models.generator, i - averaged_from)
     return State(models, opt_states, average), loss
 
 
@@ -289,7 +291,7 @@ def main(
     one_step = lambda state, i: step(state, series, jnp.asarray(i))
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
-    samples = min(samples, len(dataset.train) // 3, len(dataset.held_out))
+    samples = min(samples, len(dataset.train), len(dataset.held_out))
     sample = eqx.filter_jit(lambda model, key: model(samples, key, method))
     pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
     generated, others = pair(state.average, keys[3]), pair(untrained.average, keys[4])

@@ -19,7 +19,7 @@ Series: TypeAlias = Float[np.ndarray, "num times channels"]
 
 class Data(NamedTuple):
     """Series for training and others, what they are of, and what is known of them: if
-    each value is the mean since the last one, and if any time is like any other.
+    each value is the mean until the next one, and if any time is like any other.
     """
 
     train: Series

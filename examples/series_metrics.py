@@ -225,24 +225,23 @@ def compare(
     seed: int,
 ) -> dict[str, float]:
     """All metrics of a generator before and after its training, of normal increments,
-    and of the series for training, each by two independent samples.
+    each by two independent samples, and of the series for training.
     """
     rng = np.random.default_rng((seed, 2))
-    choose = lambda x, num: x[rng.permutation(len(x))[:num]]
-    others = choose(data.held_out, samples)
-    real, first, second = np.split(choose(data.train, 3 * samples), 3)
+    choose = lambda x: x[rng.permutation(len(x))[:samples]]
+    others, real = choose(data.held_out), choose(data.train)
     normal = [gaussian_increments(data.train, samples, 2 * seed + i) for i in (0, 1)]
     kinds = {
         "generator": generated,
         "untrained": untrained,
         "normal increments": normal,
-        "series for training": (first, second),
     }
     scores = {}
     for kind, (first, second) in kinds.items():
         scores[f"real or not: {kind}"] = classification_accuracy(
             (real, first), (others, second), steps, seed
         )
+    kinds["series for training"] = [real]
     metrics = {
         "prediction": lambda x: prediction_loss(x, others, steps, seed),
         "MMD of signatures": lambda x: signature_mmd(x, others),

@@ -117,6 +117,20 @@ def test_distances_of_zero():
     assert value == 0 and jnp.all(grad == 0)
 
 
+def test_what_is_not_a_number():
+    """A generator that has diverged does not have a good score."""
+    x = jr.normal(jr.key(0), (4, 3), jnp.float32)
+    for bad in (jnp.nan, jnp.inf, 1e25):
+        y = x.at[2, 1].set(bad)
+        for mask in (None, jnp.ones_like(x, bool)):
+            assert not jnp.isfinite(energy_score(x, y, mask))
+            assert not jnp.isfinite(energy_score(y, x, mask))
+    # One that is far off does not hide what the others have.
+    far = x.at[2, 1].set(1e6)
+    _, grad = jax.value_and_grad(energy_score, argnums=1)(x, far)
+    assert jnp.all(jnp.abs(grad[:2]) > 1e-3)
+
+
 def test_mask():
     """Each of the data takes some of all pairs: here, alike ones take them all."""
     y = jr.normal(jr.key(0), (4, 5))
@@ -259,14 +273,18 @@ def test_errors():
         score(data[:, :5], data[:, :5], jr.key(0))
     with error(r"data\[..., None\]"):
         WindowedEnergyScore(data[..., 0])
-    with error("a mask of the shape"):
+    with error("of the shape of `data`"):
         WindowedEnergyScore(data, data[:, :2] > 0)
     for window in (1, 7):
         with error("at least two, and at most"):
             WindowedEnergyScore(data, window=window)
     with error("not both zero"):
         WindowedEnergyScore(data, num_windows=0, weight_of_whole=0.0)
-    with pytest.raises(RuntimeError, match="no channel that is constant"):
-        WindowedEnergyScore(x, window=3)
+    with error("positive `regularisation`"):
+        WindowedEnergyScore(data, window=3, regularisation=0.0)
+    for constant in (1.0, 0.1):
+        with pytest.raises(RuntimeError, match="no channel that is constant"):
+            same = jnp.full_like(x, constant, jnp.float32)
+            WindowedEnergyScore(same, window=3)
     with pytest.raises(RuntimeError, match="in which both are known"):
         WindowedEnergyScore(data, jnp.ones_like(x, bool).at[:, 2].set(False), window=3)

@@ -14,6 +14,7 @@ gradient of the numerical solution. The ways differ in the first point:
 
 - `undo.py`: `solver.backward_step` undoes the step;
 - `undo_staggered.py`: the same for `ReversibleHeun`, with 1 and 3 in one;
+- `undo_carried.py`: the same, where that cannot be, with 1 taken from the step before;
 - `replay.py`: the steps of a page are made again, and what is needed of them kept while
   the sweep is on the page;
 - `kept.py`: the forward solve has kept it.
@@ -58,8 +59,8 @@ PullBack = Callable[[Any, Parameters], tuple[Parameters, Any]]
 
 class SweepState(eqx.Module):
     """What a sweep carries: the state of the solve at the left end of a step, up to
-    rounding (on a page, `undo_staggered.py` has it in another form); the time at which
-    the step after it starts; how much of what was saved lies further left; the
+    rounding (on a page, the ways for reversible Heun have it in other forms); the time
+    at which the step after it starts; how much of what was saved lies further left; the
     cotangents; and, if steps are undone, the error so far, what the spurious solution
     of reversible Heun is worth, and whether all steps could be undone.
     """

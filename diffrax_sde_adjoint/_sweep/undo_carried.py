@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int
 
@@ -31,18 +30,14 @@ class CarriedState(eqx.Module):
 
     state: SolveState
     kept: list[Array]
-    t: RealScalarLike
 
 
 def undo_carried(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     """Undoes the steps of a page, of [`diffrax_sde_adjoint.ReversibleHeun`][]."""
-    last = page.step(jnp.maximum(page.num_steps - 1, 0), True)
     yhat, _ = carry.state.solver_state
-    evaluate = sweep.parameters.linearized(_evaluate_vf, of_step, yhat, last.t1)
-    _, kept = evaluate(yhat, last.t1)
-    carry = eqx.tree_at(
-        lambda c: c.state, carry, CarriedState(carry.state, kept, last.t1)
-    )
+    evaluate = sweep.parameters.linearized(_evaluate_vf, of_step, yhat, carry.next_t0)
+    _, kept = evaluate(yhat, carry.next_t0)
+    carry = eqx.tree_at(lambda c: c.state, carry, CarriedState(carry.state, kept))
     step = functools.partial(_undo_step, sweep, page, evaluate)
     carry = sweep.backwards(page.num_steps, step, carry)
     carry = eqx.tree_at(lambda c: c.state, carry, carry.state.state)
@@ -69,10 +64,11 @@ def _undo_step(
     yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
     vf0, kept0 = evaluate(yhat0, step.t0)
     y0 = add(add(y1, -0.5, increment), -0.5, sweep.terms.prod(vf0, control))
+    # Elements of a batch that are at their end stay at a state that they were at:
+    # elsewhere, the vector field may not be defined.
     state0 = SolveState(y0, (yhat0, vf0))
-    state0, kept0 = where_active(
-        is_made, (state0, kept0), (carry.state.state, carry.state.kept), sweep.axes
-    )
+    state0 = where_active(is_made, state0, carry.state.state, sweep.axes)
+    y0, (_, vf0) = state0.y, state0.solver_state
 
     positions, grads, grad_dense_info = sweep.add_grad_saved(
         step, dict(y0=y0, y1=y1), y1, carry
@@ -100,7 +96,7 @@ def _undo_step(
     grad_yhat0 = jtu.tree_map(lambda x: -x, grad_yhat1)
     return dataclasses.replace(
         carry,
-        state=CarriedState(state0, kept0, step.t0),
+        state=CarriedState(state0, kept0),
         next_t0=step.t0,
         positions=positions,
         grads=Cotangents(SolveState(grad_y, (grad_yhat0, grad_vf0)), sums),

@@ -34,7 +34,7 @@ from diffrax_sde_adjoint import (
     ReversibleHeun,
     StochasticAdjoint,
 )
-from diffrax_sde_adjoint._sweep.undo_staggered import undo_staggered
+from diffrax_sde_adjoint._sweep import rule
 
 
 def weigh(ys) -> Array:
@@ -315,18 +315,30 @@ def test_products_with_a_control():
         assert_equal_gradients(loss, jnp.sin(3 * ts), jnp.array(1.2), tol=1e-5)
 
 
-def test_batch_of_cdes(monkeypatch):
+@pytest.mark.parametrize(
+    "way", ("undo_staggered", pytest.param("undo_carried", marks=pytest.mark.slow))
+)
+def test_batch_of_cdes(monkeypatch, way):
     """What drives them is differentiated, be it shared or each element's own; they
     have different numbers of steps and of pages of them, and one has none. The vector
     field is evaluated once a step.
     """
     ways = []
+    undo = getattr(rule, way)
 
     def spy(*args):
-        ways.append(undo_staggered)
-        return undo_staggered(*args)
+        ways.append(way)
+        return undo(*args)
 
-    monkeypatch.setattr("diffrax_sde_adjoint._sweep.rule.undo_staggered", spy)
+    monkeypatch.setattr(rule, way, spy)
+
+    def saveat(t1):
+        if way == "undo_staggered":
+            return diffrax.SaveAt(t0=True, t1=True)
+        # What is saved inside of steps is not linear in the solution.
+        fn = lambda t, y, args: args * y**2
+        return diffrax.SaveAt(t0=True, ts=t1 * jnp.array([0.3, 0.9]), fn=fn)
+
     ts = jnp.linspace(0, 1, 6)
     others = jr.normal(jr.key(0), (4, 6))
     t1s = jnp.array([0.3, 1.0, 0.0, 0.5])
@@ -346,7 +358,7 @@ def test_batch_of_cdes(monkeypatch):
                 0.04,
                 y0,
                 args,
-                saveat=diffrax.SaveAt(t0=True, t1=True),
+                saveat=saveat(t1),
                 adjoint=adjoint,
                 max_steps=32,
             ).ys

@@ -219,7 +219,7 @@ def assert_equal_gradients_where_defined(solver, y0, t1s, rate, saveat):
     (ReversibleHeun(), pytest.param(diffrax.Heun(), marks=pytest.mark.slow)),
 )
 def test_elements_wait_at_their_start(solver):
-    saveat = diffrax.SaveAt(ts=[0.1, 0.2], fn=lambda t, y, args: y**2)
+    saveat = diffrax.SaveAt(ts=[0.1, 0.2], fn=lambda t, y, args: args * y**2)
     y0 = lambda rate: jnp.array(0.01)
     assert_equal_gradients_where_defined(solver, y0, [1.0, 2.0], 1.0, saveat)
 
