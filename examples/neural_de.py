@@ -209,3 +209,12 @@ class Generator(eqx.Module):
 
 def scaled(layers, factor: float):
     return jax.tree.map(lambda x: factor * x if eqx.is_array(x) else x, layers)
+
+
+def with_scales(generator: Generator, of_start: float, of_field: float) -> Generator:
+    """With other weights of the network of the start, so that series start about as far
+    apart as those of the data do, and of those of the vector field.
+    """
+    parts = lambda x: (x.sde.initial, x.sde.drift, x.sde.field)
+    new = map(scaled, parts(generator), (of_start, of_field, of_field))
+    return eqx.tree_at(parts, generator, tuple(new))

@@ -26,11 +26,11 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from common import loss_scores, report, train, update
+from common import train, update
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
-from neural_de import Generator, scaled
+from neural_de import Generator, with_scales
 from series import TIMES, Name, load
-from series_metrics import compare, plot
+from series_metrics import evaluate
 
 from diffrax_sde_adjoint import WindowedEnergyScore
 
@@ -44,15 +44,6 @@ class State(NamedTuple):
 
     generator: Generator
     opt_state: PyTree[Any]
-
-
-def make_generator(channels: int, key: PRNGKeyArray, **kwargs) -> Generator:
-    """The network of the start has larger weights, so that series start about as far
-    apart as those of the data do.
-    """
-    generator = Generator(channels, TIMES, key, **kwargs)
-    initial = lambda x: x.sde.initial
-    return eqx.tree_at(initial, generator, scaled(initial(generator), 4.0))
 
 
 def make_optimiser(learning_rate: float, steps: int) -> optax.GradientTransformation:
@@ -147,8 +138,9 @@ def main(
 
     @eqx.filter_jit
     def start():
-        generator = make_generator(
+        generator = Generator(
             series.shape[-1],
+            TIMES,
             keys[0],
             is_averaged=dataset.is_averaged if averaged is None else averaged,
             sees_time=not dataset.is_stationary if sees_time is None else sees_time,
@@ -156,6 +148,7 @@ def main(
             hidden=size,
             width=width,
         )
+        generator = with_scales(generator, 4.0, 1.0)
         return State(generator, optimiser.init(eqx.filter(generator, eqx.is_array)))
 
     @eqx.filter_jit
@@ -169,16 +162,18 @@ def main(
     one_step = lambda state, i: step(state, score, series, is_seen, jnp.asarray(i))
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
-    samples = min(samples, len(dataset.train), len(dataset.held_out))
-    sample = eqx.filter_jit(lambda model, key: model(samples, key))
-    pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
-    ours, others = pair(state.generator, keys[3]), pair(untrained.generator, keys[4])
-    scores = compare(dataset, ours, others, samples, metric_steps, seed)
-    scores |= loss_scores(losses)
-    scores = report(scores)
-    plot(out, data, dataset, ours[0])
-    print(f"Figures and checkpoints are in {out}/.")
-    return scores
+    return evaluate(
+        data,
+        dataset,
+        lambda model, num, key: model(num, key),
+        (state.generator, keys[3]),
+        (untrained.generator, keys[4]),
+        losses,
+        samples=samples,
+        steps=metric_steps,
+        seed=seed,
+        out=out,
+    )
 
 
 if __name__ == "__main__":

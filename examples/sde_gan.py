@@ -22,15 +22,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 import tyro
-from common import loss_scores, report, train, update
+from common import train, update
 from diffrax import LinearInterpolation, Midpoint, SaveAt
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from neural_de import REVERSIBLE, Generator, Method, NeuralDE, scaled
+from neural_de import REVERSIBLE, Generator, Method, NeuralDE, with_scales
 from series import TIMES, Name, load
-from series_metrics import compare, plot
+from series_metrics import evaluate
 
 from diffrax_sde_adjoint import ReversibleHeun, clip_lipschitz
 
@@ -61,11 +60,7 @@ RECIPES = {"ours": Recipe(), "paper": PAPER}
 def make_generator(
     channels: int, key: PRNGKeyArray, recipe: Recipe = RECIPES["ours"], **kwargs
 ) -> Generator:
-    generator = Generator(channels, TIMES, key, **kwargs)
-    parts = lambda x: (x.sde.initial, x.sde.drift, x.sde.field)
-    of_start, of_field = recipe.scales
-    new = map(scaled, parts(generator), (of_start, of_field, of_field))
-    return eqx.tree_at(parts, generator, tuple(new))
+    return with_scales(Generator(channels, TIMES, key, **kwargs), *recipe.scales)
 
 
 def make_critic(channels: int, key: PRNGKeyArray) -> NeuralDE:
@@ -291,16 +286,18 @@ def main(
     one_step = lambda state, i: step(state, series, jnp.asarray(i))
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
-    samples = min(samples, len(dataset.train), len(dataset.held_out))
-    sample = eqx.filter_jit(lambda model, key: model(samples, key, method))
-    pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
-    generated, others = pair(state.average, keys[3]), pair(untrained.average, keys[4])
-    scores = compare(dataset, generated, others, samples, metric_steps, seed)
-    scores |= loss_scores(losses)
-    scores = report(scores)
-    plot(out, data, dataset, generated[0])
-    print(f"Figure and checkpoints are in {out}/.")
-    return scores
+    return evaluate(
+        data,
+        dataset,
+        lambda model, num, key: model(num, key, method),
+        (state.average, keys[3]),
+        (untrained.average, keys[4]),
+        losses,
+        samples=samples,
+        steps=metric_steps,
+        seed=seed,
+        out=out,
+    )
 
 
 if __name__ == "__main__":

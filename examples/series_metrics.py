@@ -5,6 +5,7 @@ not depend on the scale.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import roughpy
-from common import plot_quantiles, update
+from common import loss_scores, plot_quantiles, report, update
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -253,6 +254,33 @@ def compare(
         for kind, (first, *_) in kinds.items():
             if (name, kind) != ("novelty", "series for training"):
                 scores[f"{name}: {kind}"] = metric(first)
+    return scores
+
+
+def evaluate(
+    name: str,
+    data: Data,
+    generate: Callable[[Any, int, PRNGKeyArray], Array],
+    trained: tuple[Any, PRNGKeyArray],
+    untrained: tuple[Any, PRNGKeyArray],
+    losses: Float[np.ndarray, " steps"],
+    *,
+    samples: int,
+    steps: int,
+    seed: int,
+    out: Path,
+) -> dict[str, float]:
+    """Prints and returns all scores of a generator and of its training, and draws its
+    series, from models and keys for their noise.
+    """
+    samples = min(samples, len(data.train), len(data.held_out))
+    sample = eqx.filter_jit(lambda model, key: generate(model, samples, key))
+    pair = lambda model, key: [np.asarray(sample(model, k)) for k in jr.split(key)]
+    generated = pair(*trained)
+    scores = compare(data, generated, pair(*untrained), samples, steps, seed)
+    scores = report(scores | loss_scores(losses))
+    plot(out, name, data, generated[0])
+    print(f"Figures and checkpoints are in {out}/.")
     return scores
 
 

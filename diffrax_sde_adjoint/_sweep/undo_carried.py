@@ -19,10 +19,10 @@ from .._autodiff.batched_vjp import where_active
 from .._compat import VF, RealScalarLike, Y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
 from .._forward.tape import Page, SolveState
-from .._misc import add_where_given, in_scope, zeros_like
+from .._misc import add_where_given, in_scope
 from .._solver import carried
 from .sweep import Sweep, SweepState, arrive_at_page
-from .undo_staggered import add, evaluate_control
+from .undo_staggered import add, evaluate_control, grads_of_step, undo_yhat
 
 
 class CarriedState(eqx.Module):
@@ -61,7 +61,7 @@ def _undo_step(
 
     # To the left end.
     increment = sweep.terms.prod(vf1, control)
-    yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
+    yhat0 = undo_yhat(y1, yhat1, increment)
     vf0, kept0 = evaluate(yhat0, step.t0)
     y0 = add(add(y1, -0.5, increment), -0.5, sweep.terms.prod(vf0, control))
     # Elements of a batch that are at their end stay at a state that they were at:
@@ -70,20 +70,15 @@ def _undo_step(
     state0 = where_active(is_made, state0, carry.state.state, sweep.axes)
     y0, (_, vf0) = state0.y, state0.solver_state
 
-    positions, grads, grad_dense_info = sweep.add_grad_saved(
-        step, dict(y0=y0, y1=y1), y1, carry
-    )
-    grad_y1 = add(grads.state.y, 1.0, grad_dense_info["y1"])
-    grad_step = (grad_dense_info["y0"], grad_y1, grads.state.solver_state)
-    grad_y0, grad_y1, (grad_yhat1, grad_vf1) = where_active(
-        step.is_made, grad_step, zeros_like(grad_step), sweep.axes
+    positions, sums, grad_y0, grad_y1, (grad_yhat1, grad_vf1) = grads_of_step(
+        sweep, step, dict(y0=y0, y1=y1), y1, carry
     )
 
     # y1 = y0 + (vf0 + vf1) / 2 dX, yhat1 = 2 y0 - yhat0 + vf0 dX, vf1 = vf(t1, yhat1)
     product = lambda parameters, own: parameters.terms.prod(*own)
     half = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
     _, of_vf1 = sweep.parameters.vjp(product, of_controls, (vf1, control))
-    sums, (more_vf1, more_control1) = of_vf1(half, grads.parameters)
+    sums, (more_vf1, more_control1) = of_vf1(half, sums)
     sums, more = evaluate.pull_back(
         carry.state.kept, (step.t1,), add_where_given(grad_vf1, more_vf1), sums
     )

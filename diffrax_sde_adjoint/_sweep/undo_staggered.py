@@ -31,8 +31,9 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import where_active
 from .._autodiff.dependence import depends_on
-from .._compat import VF, BoolScalarLike, RealScalarLike, Y, save_y
+from .._compat import VF, BoolScalarLike, DenseInfo, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
+from .._forward.saved import Position
 from .._forward.tape import Page, SolveState, Step
 from .._misc import add_where_given, are_alike, in_scope, zeros_like
 from .._solver import ReversibleHeun, carried, sums_leaf_by_leaf
@@ -154,29 +155,21 @@ def _undo_step(
 ) -> SweepState:
     step = page.step(k, is_made)
     terms, state1, yhat1 = sweep.terms, carry.state, carry.state.yhat
-    grad_yhat1, grad_vf1 = carry.grads.state.solver_state
 
     vf1, pull_back_vf = sweep.parameters.vjp(_evaluate_vf, of_step, yhat1, step)
     y1 = add(state1.u, -0.5, terms.prod(vf1, state1.control))
 
     # What is saved is linear in `y0` and `y1`, so their values do not matter.
     zeros = zeros_like(y1)
-    positions, grads, grad_dense_info = sweep.add_grad_saved(
-        step, dict(y0=zeros, y1=zeros), y1, carry
-    )
-    grad_y1 = add(grads.state.y, 1.0, grad_dense_info["y1"])
-    grad_step = (grad_dense_info["y0"], grad_y1, grad_yhat1, grad_vf1)
-    grad_y0, grad_y1, grad_yhat1, grad_vf1 = where_active(
-        step.is_made, grad_step, zeros_like(grad_step), sweep.axes
+    positions, sums, grad_y0, grad_y1, (grad_yhat1, grad_vf1) = grads_of_step(
+        sweep, step, dict(y0=zeros, y1=zeros), y1, carry
     )
 
     control = terms.contr(step.t0, step.t1)
     _, pull_back_prod = eqx.filter_vjp(terms.prod, vf1, control)
     half_grad_y1 = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
     more, grad_control = pull_back_prod(half_grad_y1)
-    grad_parameters, more = pull_back_vf(
-        add_where_given(grad_vf1, more), grads.parameters
-    )
+    grad_parameters, more = pull_back_vf(add_where_given(grad_vf1, more), sums)
     grad_yhat1 = add(grad_yhat1, 1.0, more)
     grad_product = add(half_grad_y1, 1.0, grad_yhat1)
     grad_vf0, _ = pull_back_prod(grad_product)
@@ -189,7 +182,7 @@ def _undo_step(
 
     increment = terms.prod(vf1, control)
     u0 = add(y1, -0.5, increment)
-    yhat0 = jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
+    yhat0 = undo_yhat(y1, yhat1, increment)
     return dataclasses.replace(
         carry,
         state=StaggeredState(u0, yhat0, step.t0, step.t1, control, *of_control),
@@ -220,6 +213,27 @@ def evaluate_control(
 
 def _evaluate_vf(parameters: Parameters, yhat: Y, step: Step) -> VF:
     return carried(parameters.terms.vf(step.t1, yhat, parameters.args))
+
+
+def grads_of_step(
+    sweep: Sweep, step: Step, dense_info: DenseInfo, y1: Y, carry: SweepState
+) -> tuple[list[Position], Parameters, Y, Y, tuple[Y, VF]]:
+    """How much of what was saved lies further left; the cotangents of the parameters;
+    and those of `y0`, `y1` and the solver state at the end of the step, which are zero
+    where no step was made.
+    """
+    positions, grads, grad_dense_info = sweep.add_grad_saved(
+        step, dense_info, y1, carry
+    )
+    grad_y1 = add(grads.state.y, 1.0, grad_dense_info["y1"])
+    grad_step = (grad_dense_info["y0"], grad_y1, grads.state.solver_state)
+    grad_step = where_active(step.is_made, grad_step, zeros_like(grad_step), sweep.axes)
+    return positions, grads.parameters, *grad_step
+
+
+def undo_yhat(y1: Y, yhat1: Y, increment: Y) -> Y:
+    """`yhat0`, from the product of `vf1` and the control."""
+    return jtu.tree_map(lambda y, yh, dy: 2 * y - yh - dy, y1, yhat1, increment)
 
 
 def add(x: Y, factor: float, y: Y) -> Y:
