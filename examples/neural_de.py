@@ -11,7 +11,7 @@ from diffrax import (
     AbstractAdjoint,
     AbstractPath,
     AbstractSolver,
-    AbstractTerm,
+    ControlTerm,
     MultiTerm,
     ODETerm,
     SaveAt,
@@ -125,17 +125,18 @@ def drift(t, h, model: NeuralDE):
     return model.evaluate(model.drift, t, h)
 
 
-class FieldTerm(AbstractTerm):
-    """`g(t, h) dX`, for a batch of `h` and of `X`."""
+def field(t, h, model: NeuralDE):
+    return model.evaluate(model.field, t, h)
 
-    control: AbstractPath
+
+class FieldTerm(ControlTerm):
+    """`g(t, h) dX`, for a batch of `h` of size `hidden` and of `X`."""
+
     hidden: int = eqx.field(static=True)
 
-    def vf(self, t, y, args: NeuralDE):
-        return args.evaluate(args.field, t, y)
-
-    def contr(self, t0, t1, **kwargs):
-        return self.control.evaluate(t0, t1, **kwargs)
+    def __init__(self, control: AbstractPath, hidden: int):
+        super().__init__(field, control)
+        self.hidden = hidden
 
     def prod(self, vf, control):
         # Written out, as XLA is slow to sum over short axes on a CPU.

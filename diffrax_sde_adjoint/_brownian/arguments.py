@@ -48,6 +48,21 @@ class KnownTimes:
         return hash(KnownTimes)
 
 
+def constants(t0: Array, t1: Array, dt: Array | None) -> tuple[float, ...] | None:
+    """The numbers, if they are constants of a program that is being traced, so that
+    they are no others when it is run.
+    """
+    # Any operation is traced then, also one of constants.
+    is_traced = isinstance(jnp.add(0, 0), jax.core.Tracer)
+    if (
+        not is_traced
+        or dt is None
+        or any(isinstance(x, jax.core.Tracer) for x in (t0, t1, dt))
+    ):
+        return None
+    return float(t0), float(t1), float(dt)
+
+
 def check_options(levy_area: Any, levels: Any, tol: Any, has_cells: bool) -> int:
     """How often a cell is halved."""
     if tol is not None:

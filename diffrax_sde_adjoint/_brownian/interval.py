@@ -8,7 +8,7 @@ cells: it is one draw. All other queries are in `query.py`. The method is told i
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -16,7 +16,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Key, PRNGKeyArray, PyTree
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._misc import error_with_values_if
@@ -26,6 +26,7 @@ from .arguments import (
     check_options,
     check_shape,
     check_times,
+    constants,
     num_components,
     time_dtype,
     tolerance,
@@ -41,6 +42,12 @@ _LevyArea = type[
     | diffrax.SpaceTimeLevyArea
     | diffrax.SpaceTimeTimeLevyArea
 ]
+
+
+_T = TypeVar("_T", bound=PyTree)
+
+# Whether nothing is known of a query, or that it is within the interval, or a cell.
+QueryKind: TypeAlias = Literal["any", "within", "cell"]
 
 
 class BrownianInterval(diffrax.AbstractBrownianPath):
@@ -99,6 +106,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     levels: int = eqx.field(static=True)
     _cells: AbstractCells
     _known: KnownTimes = eqx.field(static=True, repr=False)
+    _constants: tuple[float, ...] | None = eqx.field(static=True, repr=False)
     # Flattened, as a static field has to be hashable and a PyTree need not be.
     _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
 
@@ -120,6 +128,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         )
         times = check_times(t0, t1, dt, ts)
         self._known = KnownTimes(*times[:3])
+        self._constants = constants(*times[:3])
         self.t0, self.t1, step, edges = nondifferentiable(
             times, name="The times `t0`, `t1`, `dt` and `ts` of a `BrownianInterval`"
         )
@@ -178,41 +187,54 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         than rounding) or NaN.
         """
         del left
+        return self._query(t0, t1, use_levy, "any")
+
+    def _query(
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike | None,
+        use_levy: bool,
+        kind: QueryKind,
+    ) -> PyTree[Array]:
         if use_levy:
             _check_levy_area(self.levy_area)
         query = (lax.stop_gradient(self.t0), t0) if t1 is None else (t0, t1)
         dtypes = (self.t0.dtype, *(time_dtype(t) for t in query))
         t0, t1 = (jnp.asarray(t, self.t0.dtype) for t in query)
-        out = self._evaluate(t0, t1, dtypes)
+        out = self._evaluate(t0, t1, dtypes, kind)
         return out if use_levy else out.W
 
     # Apart from `evaluate`, so that Python floats are arrays before they get here: they
     # would be compiled anew for each value.
     @eqx.filter_jit
     def _evaluate(
-        self, t0: Float[Array, ""], t1: Float[Array, ""], dtypes: tuple[jnp.dtype, ...]
+        self,
+        t0: Float[Array, ""],
+        t1: Float[Array, ""],
+        dtypes: tuple[jnp.dtype, ...],
+        kind: QueryKind,
     ) -> diffrax.AbstractBrownianIncrement:
         t0, t1 = nondifferentiable((t0, t1), name="The times of a Brownian increment")
         source = self._source
         cells = source.cells
-        start, end = lax.stop_gradient((self.t0, self.t1))
-        # Below the length of a cell, such that no time is two edges.
-        tol = jnp.minimum(tolerance(start, end, dtypes), 0.25 * cells.shortest)
+        tol = self._tolerance(dtypes)
         cell = cells.cell_from(t0, tol)
 
         def evaluate(drawn):
-            left, right = jnp.minimum(t0, t1), jnp.maximum(t0, t1)
-            is_within = (start - tol <= left) & (right <= end + tol)
-            ts = error_with_values_if(
-                jnp.stack([t0, t1]), ~is_within, _bad_query, t0, t1, start, end
-            )
+            ts = jnp.stack([t0, t1])
+            is_within = self._is_within(ts, tol)
+            if kind == "any":
+                ts = self._error_unless(ts, is_within, ts)
             # XLA would move what does not depend on the loop out of it, and run it
             # always.
             ts, drawn = lax.optimization_barrier((ts, drawn))
             if drawn is not None:
                 # Recomputed, so that the loop does not carry it.
                 drawn = Increment(at_least_single(cells.length(cell)), drawn.components)
-            return any_query(source, cell, drawn, ts, tol)
+            inc = any_query(source, cell, drawn, ts, tol)
+            if kind == "any":
+                return inc
+            return jtu.tree_map(lambda x: jnp.where(is_within, x, jnp.nan), inc)
 
         if isinstance(cells, OneCell):
             return self._to_diffrax(evaluate(None))
@@ -220,10 +242,33 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         is_edge1 = jnp.abs(t1 - cells.edge(cell + 1)) <= tol
         is_cell = is_edge0 & is_edge1 & (cell < cells.count) & (t0 < t1)
         # In a batch, these are the steps of an element that is at its end.
-        is_empty = (t0 == t1) & (start - tol <= t0) & (t0 <= end + tol)
+        is_empty = (t0 == t1) & self._is_within(jnp.stack([t0, t1]), tol)
         dt = jnp.where(is_empty, 0, cells.length(cell))
+        if kind == "cell":
+            dt = jnp.where(is_cell | is_empty, dt, jnp.nan)
+            return self._to_diffrax(draw_cell(source, cell, dt))
         drawn = draw_cell(source, cell, dt)
         return self._to_diffrax(run_if(~(is_cell | is_empty), evaluate, drawn))
+
+    def _tolerance(self, dtypes: tuple[jnp.dtype, ...]) -> Float[Array, ""]:
+        """How far a time may be off, that was rounded in any of `dtypes`."""
+        rounding = tolerance(*lax.stop_gradient((self.t0, self.t1)), dtypes)
+        # Below the length of a cell, such that no time is two edges.
+        return jnp.minimum(rounding, 0.25 * lax.stop_gradient(self._cells.shortest))
+
+    def _is_within(
+        self, ts: Float[Array, " ends=2"], tol: Float[Array, ""]
+    ) -> Bool[Array, ""]:
+        """Whether a query is; in either direction."""
+        start, end = lax.stop_gradient((self.t0, self.t1))
+        return (start - tol <= jnp.min(ts)) & (jnp.max(ts) <= end + tol)
+
+    def _error_unless(
+        self, x: _T, is_within: Bool[Array, ""], ts: Float[Array, " ends=2"]
+    ) -> _T:
+        """`x`, with an error for a query that is not within the path."""
+        values = (*ts, *lax.stop_gradient((self.t0, self.t1)))
+        return error_with_values_if(x, ~is_within, _bad_query, *values)
 
     @property
     def _source(self) -> Source:

@@ -47,6 +47,11 @@ def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
     )
 
 
+def may_reject(controller: diffrax.AbstractStepSizeController) -> bool:
+    """Whether a step that was tried may be made again."""
+    return type(controller) not in (diffrax.ConstantStepSize, diffrax.StepTo)
+
+
 class _HoistedController(diffrax.AbstractStepSizeController):
     """`controller`, whose method `adapt_step_size` is `decide`: a function of the
     controller too, and of all that this refers to by closure.

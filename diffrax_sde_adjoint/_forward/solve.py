@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._autodiff.custom_derivative import detach, with_derivative
 from .._brownian.costly_steps import warn_of_costly_steps
+from .._brownian.path_of_solve import has_steps_on_cells, with_paths_of_solve
 from .._compat import (
     Args,
     State,
@@ -38,11 +39,11 @@ from .._solver.stage_loops import (
 )
 from .._term.base import with_weak_directions
 from .._term.hoisted import hoist_closures, hoist_save_fns
-from .controllers import close_over_controller, may_jump
+from .controllers import close_over_controller, may_jump, may_reject
 from .gradient_in_times import distinct, split_times
 from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
-from .steps import KeepingSolver, LinearizedStep, MadeStep
+from .steps import DrawnSolver, KeepingSolver, LinearizedStep, MadeStep
 from .tape import SolveState, Tape, loop_and_record, plain_while_loop
 
 
@@ -105,6 +106,7 @@ def prepare(
         )
     times = [kwargs[x] for x in ("t0", "t1", "dt0")]
     warn_of_costly_steps(terms, kwargs["stepsize_controller"], *times)
+    terms, t1 = with_paths_of_solve(terms, kwargs["stepsize_controller"], *times)
     if type(solver) is diffrax.ReversibleHeun:
         solver = ReversibleHeun()
         init_state = eqx.tree_at(
@@ -121,7 +123,8 @@ def prepare(
             kwargs["args"],
         )
         init_state = dataclasses.replace(init_state, solver_state=solver_state)
-    return {**kwargs, "solver": solver, "init_state": init_state}
+    changed = dict(terms=terms, t1=t1, solver=solver, init_state=init_state)
+    return {**kwargs, **changed}
 
 
 def solve(
@@ -161,12 +164,21 @@ def solve(
     )
     may_have_gaps = init_state.made_jump is not False or may_jump(stepsize_controller)
     recorder = _make_recorder(
-        derivative.recording, solver, terms, args, init_state, may_have_gaps, **kwargs
+        derivative.recording,
+        solver,
+        terms,
+        args,
+        init_state,
+        may_have_gaps,
+        may_reject(stepsize_controller),
+        **kwargs,
     )
     # With these loops the solver has every derivative.
     solver = in_forward_mode(solver)
     if recorder is not None and recorder.linearized_step is not None:
         solver = KeepingSolver(solver, recorder.linearized_step)
+    elif has_steps_on_cells(terms):
+        solver = DrawnSolver(solver)
 
     def loop(cond_fun, body_fun, init_state, **kwargs):
         if recorder is not None:
@@ -229,6 +241,7 @@ def _make_recorder(
     args: Args,
     init_state: State,
     may_have_gaps: bool,
+    may_be_rejected: bool,
     *,
     max_steps: int | None,
     **kwargs: Any,
@@ -237,7 +250,7 @@ def _make_recorder(
     if recording is None or max_steps is None:
         return None
     trace = lambda: LinearizedStep.trace(
-        linearizable(solver), terms, args, init_state, may_have_gaps
+        linearizable(solver), terms, args, init_state, may_have_gaps, may_be_rejected
     )
     linearized_step = trace() if recording.keeps_steps else None
     steps_per_page = recording.steps_per_page

@@ -47,7 +47,7 @@ def make_step(
     """
     state0, controls = own
     args = parameters.args
-    terms = with_controls(parameters.terms, t0, t1, controls)
+    terms = with_controls(solver, parameters.terms, t0, t1, controls)
     inputs = (terms, t0, t1, state0.y, args, state0.solver_state, made_jump)
     if known_y1 is None:
         out = solver.step(*inputs)
@@ -58,16 +58,19 @@ def make_step(
     return (y1, dense_info, solver_state1), (y_error, result)
 
 
-def linearize_step(parameters: Differentiated, *inputs: Any) -> LinearizedInParameters:
+def linearize_step(
+    parameters: Differentiated, *inputs: Any, may_be_rejected: bool = False
+) -> LinearizedInParameters:
     """`make_step`, traced for inputs as of `inputs_of_step`."""
     _, solver, *_ = inputs
+    is_implicit = has_layer(solver, diffrax.AbstractImplicitSolver)
     return parameters.linearized(
         make_step,
         of_step,
         *inputs,
         has_aux=True,
-        # The derivative of a root may not be finite where a step is to be rejected.
-        is_evaluated_again=has_layer(solver, diffrax.AbstractImplicitSolver),
+        # The derivative of a root may not be finite where a step is rejected.
+        is_evaluated_again=is_implicit and may_be_rejected,
     )
 
 
@@ -100,6 +103,7 @@ class LinearizedStep(eqx.Module):
         args: Args,
         state: State,
         may_be_jumps: bool,
+        may_be_rejected: bool,
     ) -> "LinearizedStep":
         """Traces a step from `state`."""
         t0, t1 = state.tprev, state.tnext
@@ -111,7 +115,9 @@ class LinearizedStep(eqx.Module):
             evaluate_controls(solver, terms, t0, t1),
             jnp.array(False) if may_be_jumps else False,
         )
-        linearized = linearize_step(_all_of(terms, args, ()), *inputs)
+        linearized = linearize_step(
+            _all_of(terms, args, ()), *inputs, may_be_rejected=may_be_rejected
+        )
         return LinearizedStep(solver, may_be_jumps, linearized.linearized)
 
     def __call__(self, terms, t0, t1, y0, args, solver_state, made_jump):
@@ -147,6 +153,26 @@ class LinearizedStep(eqx.Module):
 
     def _with(self, parameters: Differentiated) -> LinearizedInParameters:
         return LinearizedInParameters(self.linearized, of_step, parameters)
+
+
+class DrawnSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+    """A solver whose steps are given their controls, as these are cheaper if it is
+    known that they are of a whole step.
+    """
+
+    solver: diffrax.AbstractSolver
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.solver.interpolation_cls
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.solver.init(terms, t0, t1, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        controls = evaluate_controls(self.solver, terms, t0, t1)
+        terms = with_controls(self.solver, terms, t0, t1, controls)
+        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
 
 
 class KeepingSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):

@@ -32,7 +32,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         controls, pull_back_controls = sweep.controls(step)
         state0, result = _undo_step(
             solver,
-            with_controls(sweep.terms, step.t0, step.t1, controls),
+            with_controls(solver, sweep.terms, step.t0, step.t1, controls),
             step,
             carry.state,
             sweep.args,

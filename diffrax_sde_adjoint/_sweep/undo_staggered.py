@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import where_active
 from .._autodiff.dependence import depends_on
+from .._brownian.path_of_solve import of_whole_steps
 from .._compat import VF, BoolScalarLike, DenseInfo, RealScalarLike, Y, save_y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
 from .._forward.saved import Position
@@ -165,7 +166,7 @@ def _undo_step(
         sweep, step, dict(y0=zeros, y1=zeros), y1, carry
     )
 
-    control = terms.contr(step.t0, step.t1)
+    control = of_whole_steps(terms).contr(step.t0, step.t1)
     _, pull_back_prod = eqx.filter_vjp(terms.prod, vf1, control)
     half_grad_y1 = jtu.tree_map(lambda x: 0.5 * x, grad_y1)
     more, grad_control = pull_back_prod(half_grad_y1)
@@ -208,7 +209,7 @@ def _leave(sweep: Sweep, carry: SweepState) -> SweepState:
 def evaluate_control(
     parameters: Parameters, _: None, t0: RealScalarLike, t1: RealScalarLike
 ) -> PyTree[Any]:
-    return parameters.terms.contr(t0, t1)
+    return of_whole_steps(parameters.terms).contr(t0, t1)
 
 
 def _evaluate_vf(parameters: Parameters, yhat: Y, step: Step) -> VF:

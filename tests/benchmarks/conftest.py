@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 
@@ -21,6 +23,17 @@ def record_row(pytestconfig: pytest.Config) -> Callable[[str, _Row], None]:
         pytestconfig.stash[_tables].setdefault(title, []).append(row)
 
     return record
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype(request: pytest.FixtureRequest):
+    """As for most users: float32, and no float64, but where a test is of that."""
+    callspec = getattr(request.node, "callspec", None)
+    dtype = callspec.params.get("dtype") if callspec is not None else None
+    is_double = dtype == jnp.float64 or "float64" in request.keywords
+    jax.config.update("jax_enable_x64", is_double)
+    yield
+    jax.config.update("jax_enable_x64", True)
 
 
 def pytest_terminal_summary(

@@ -15,6 +15,7 @@ import jax.random as jr
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+from ou import number
 
 from diffrax_sde_adjoint import BrownianInterval, path_kl
 
@@ -96,7 +97,7 @@ def _loss_of(ys, divergence):
 def diffrax_loss(adjoint: diffrax.AbstractAdjoint) -> Loss:
     def loss(inputs, key):
         struct = jax.ShapeDtypeStruct(inputs.y0.shape, jnp.float32)
-        zero, t1, dt = (jnp.float32(x) for x in (0, _t1, _dt))
+        zero, t1, dt = (number(x, jnp.float32) for x in (0, _t1, _dt))
         path = BrownianInterval(zero, t1, struct, key, dt=dt)
         diffusion = lambda *x: lx.DiagonalLinearOperator(_diffusion(*x))
         terms = path_kl(

@@ -15,6 +15,7 @@ import jax.random as jr
 import lineax as lx
 from hand_written import Loss, Model
 from jaxtyping import Array, Float, PRNGKeyArray
+from ou import number
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 
@@ -93,9 +94,9 @@ def diffrax_loss(
                 ),
             ),
             solver,
-            t0=jnp.float32(0),
-            t1=jnp.float32(1),
-            dt0=jnp.float32(size.dt),
+            t0=number(0, jnp.float32),
+            t1=number(1, jnp.float32),
+            dt0=number(size.dt, jnp.float32),
             y0=y0,
             args=params,
             adjoint=adjoint,
@@ -117,14 +118,14 @@ def diffrax_loss(
 def _brownian_interval(
     size: Size, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
 ) -> BrownianInterval:
-    zero, one, dt = (jnp.float32(x) for x in (0, 1, size.dt))
+    zero, one, dt = (number(x, jnp.float32) for x in (0, 1, size.dt))
     return BrownianInterval(zero, one, struct, key, dt=dt)
 
 
 def _virtual_brownian_tree(
     size: Size, struct: jax.ShapeDtypeStruct, key: PRNGKeyArray
 ) -> diffrax.VirtualBrownianTree:
-    zero, one = jnp.float32(0), jnp.float32(1)
+    zero, one = number(0, jnp.float32), number(1, jnp.float32)
     return diffrax.VirtualBrownianTree(zero, one, size.dt / 2, struct, key)
 
 

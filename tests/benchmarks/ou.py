@@ -34,6 +34,13 @@ MakePath: TypeAlias = Callable[
 # The time interval is [0, 1].
 
 
+def number(x: float, dtype: jax.typing.DTypeLike) -> float | Float[Array, ""]:
+    """A time. As Python's numbers have JAX's default dtype, one of another is an array,
+    which is not known when a program is traced.
+    """
+    return float(x) if dtype == jnp.result_type(float) else jnp.asarray(x, dtype)
+
+
 def initial(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> tuple[Params, Y]:
     params = Params(*(jnp.asarray(x, dtype) for x in (0.7, 0.3, 0.5)))
     return params, jnp.ones(shape, dtype)
@@ -75,9 +82,9 @@ def diffrax_loss(
                 diffrax.ControlTerm(diffusion_operator, path),
             ),
             solver,
-            t0=jnp.asarray(0, y0.dtype),
-            t1=jnp.asarray(1, y0.dtype),
-            dt0=jnp.asarray(1 / num_steps, y0.dtype),
+            t0=number(0, y0.dtype),
+            t1=number(1, y0.dtype),
+            dt0=number(1 / num_steps, y0.dtype),
             y0=y0,
             args=params,
             saveat=diffrax.SaveAt(t1=True),
@@ -96,7 +103,7 @@ def brownian_interval(
     key: PRNGKeyArray,
     levy_area: type[diffrax.AbstractBrownianIncrement],
 ) -> BrownianInterval:
-    zero, one, dt = (jnp.asarray(x, struct.dtype) for x in (0, 1, 1 / num_steps))
+    zero, one, dt = (number(x, struct.dtype) for x in (0, 1, 1 / num_steps))
     return BrownianInterval(zero, one, struct, key, dt=dt, levy_area=levy_area)
 
 
@@ -106,7 +113,7 @@ def virtual_brownian_tree(
     key: PRNGKeyArray,
     levy_area: type[diffrax.AbstractBrownianIncrement],
 ) -> diffrax.VirtualBrownianTree:
-    zero, one = (jnp.asarray(x, struct.dtype) for x in (0, 1))
+    zero, one = (number(x, struct.dtype) for x in (0, 1))
     tol = 1 / (2 * num_steps)
     return diffrax.VirtualBrownianTree(zero, one, tol, struct, key, levy_area)
 

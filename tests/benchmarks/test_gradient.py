@@ -33,8 +33,9 @@ def _gradients(losses, *args):
     return {name: compiled(loss) for name, loss in losses.items()}
 
 
+# As then rounding can be told from an error.
+@pytest.mark.float64
 def test_hand_written_gradients_are_ours():
-    # In float64, as then it can be told from an error.
     num_steps = 100
     for by_hand, solver in (
         (hand_written.sweep, ReversibleHeun()),
