@@ -16,6 +16,7 @@ from ._forward.solve import (
     prepare,
     solve,
 )
+from ._forward.tape import shortest_in_two_parts
 from ._solver import ReversibleHeun, is_reversible
 from ._sweep import SweepRule
 
@@ -36,26 +37,48 @@ _no_second_derivative = (
 # one more time than steps, and so 512 bytes in float64: see
 # `docs/how_it_works/small_loops.md`.
 _steps_per_page = 63
-
-
 # In bytes, of what is kept of a step: no memory to speak of.
 _small_step = 64
 
 
+def _full_pages(steps_per_page: int, num_steps: int | None, is_limit: bool) -> int:
+    """About as many steps per page, or not more if that `is_limit`, such that all pages
+    are full; as many, if there is no such number. Loops over the steps of a page whose
+    length is known run faster on accelerators.
+    """
+    if num_steps is None:
+        return steps_per_page
+    wanted = min(steps_per_page, num_steps)
+    # The two parts of a page are to be of one length.
+    fits = lambda n: not is_limit or n % 2 == 0 or n < shortest_in_two_parts
+    last = wanted if is_limit else min(2 * wanted, num_steps)
+    numbers = [
+        n for n in range(-(-wanted // 2), last + 1) if num_steps % n == 0 and fits(n)
+    ]
+    distance = lambda n: abs(math.log(n / wanted))
+    return min(numbers, key=distance, default=steps_per_page)
+
+
 def _pages_of_replayed_steps(
-    max_steps: int, size_of_state: int, size_of_step: int
+    max_steps: int, num_steps: int | None, size_of_state: int, size_of_step: int
 ) -> int:
     """For the least memory: of the states at the starts of pages, and of what is kept
     of the steps of one. For the least time, if both are small.
     """
     ratio = size_of_state / max(size_of_step, 1) if size_of_step > _small_step else 1
-    return min(max(round(math.sqrt(max_steps * ratio)), 1), max_steps)
+    most = max_steps if num_steps is None else min(num_steps, max_steps)
+    wanted = min(max(round(math.sqrt(most * ratio)), 1), most)
+    return _full_pages(wanted, num_steps, is_limit=False)
 
 
-def _pages_of_kept_steps(size_of_state: int, size_of_step: int) -> int:
+def _pages_of_kept_steps(
+    num_steps: int | None, size_of_state: int, size_of_step: int
+) -> int:
     """One step each, so that what is kept is written once, if it is not small."""
     del size_of_state
-    return _steps_per_page if size_of_step <= _small_step else 1
+    if size_of_step > _small_step:
+        return 1
+    return _full_pages(_steps_per_page, num_steps, is_limit=True)
 
 
 class StochasticAdjoint(diffrax.AbstractAdjoint):
@@ -161,17 +184,21 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         del passed_controller_state
         kwargs = prepare(self, "StochasticAdjoint", passed_solver_state, **kwargs)
         assert self is not None
-        solver, max_steps = kwargs["solver"], kwargs["max_steps"]
+        solver = kwargs["solver"]
+        max_steps, num_steps = kwargs["max_steps"], kwargs["num_steps"]
         is_undone = is_reversible(solver) and not self.store_all
         steps_per_page = self.checkpoint_every
         if self.store_all:
             # The state between two steps is known where a page starts.
             is_heun = issubclass(type(solver), ReversibleHeun)
-            steps_per_page = 1 if is_heun else _pages_of_kept_steps
+            kept = functools.partial(_pages_of_kept_steps, num_steps)
+            steps_per_page = 1 if is_heun else kept
         elif steps_per_page is None and is_undone:
-            steps_per_page = _steps_per_page
+            steps_per_page = _full_pages(_steps_per_page, num_steps, is_limit=True)
         elif steps_per_page is None:
-            steps_per_page = functools.partial(_pages_of_replayed_steps, max_steps)
+            steps_per_page = functools.partial(
+                _pages_of_replayed_steps, max_steps, num_steps
+            )
         recording = Recording(
             steps_per_page,
             takes_snapshots=not is_undone or self.checkpoint_every is not None,

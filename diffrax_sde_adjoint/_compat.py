@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.extend as jex
+import jax.numpy as jnp
 import numpy as np
 
 # The annotations of diffrax's interfaces, for methods that implement one.
@@ -205,3 +206,18 @@ def known_value(x: Any) -> np.ndarray | None:
         (i,) = [i for i, y in enumerate(parent.outvars) if y is variable]
         out = out[i]
     return np.asarray(out)
+
+
+def num_constant_steps(
+    controller: diffrax.ConstantStepSize,
+    t0: np.ndarray,
+    t1: np.ndarray,
+    dt0: np.ndarray,
+) -> int:
+    """How many steps a controller makes: it starts with this number."""
+    with jax.ensure_compile_time_eval():
+        start, end, dt = (jnp.asarray(x) for x in (t0, t1, dt0))
+        unused: Any = None
+        _, state = controller.init(unused, start, end, unused, dt, None, unused, None)
+    _, num_steps, *_ = state
+    return int(num_steps)

@@ -102,9 +102,9 @@ class NeuralDE(eqx.Module):
         sol = diffeqsolve(
             MultiTerm(ODETerm(drift), FieldTerm(control, hidden)),
             method.solver,
-            jnp.zeros((), float32),
-            jnp.asarray(steps * dt, float32),
-            jnp.asarray(dt, float32),
+            0.0,
+            steps * dt,
+            dt,
             jax.vmap(self.initial)(x),
             self,
             saveat=saveat,
@@ -195,8 +195,7 @@ class Generator(eqx.Module):
         steps = every * (self.times - 1 + self.is_averaged)
         dt = 1 / every
         struct = jax.ShapeDtypeStruct((num, NOISE), float32)
-        end = jnp.asarray(steps * dt, float32)
-        path = method.brownian(jnp.zeros_like(end), end, struct, path_key, dt)
+        path = method.brownian(0.0, steps * dt, struct, path_key, dt)
         start = jr.normal(start_key, (num, INITIAL_NOISE), float32)
         saveat = SaveAt(t0=True, steps=True)
         series = self.sde(start, path, steps, dt, saveat, method)

@@ -333,6 +333,15 @@ def test_names_of_wrapped_solvers():
     )
 
 
+def test_num_constant_steps():
+    message = (
+        "The second part of the state that diffrax's `ConstantStepSize` starts with is "
+        "no longer the number of its steps."
+    )
+    times = [np.asarray(x) for x in (0.0, 1.0, 0.1)]
+    assert compat.num_constant_steps(diffrax.ConstantStepSize(), *times) == 10, message
+
+
 def test_callback_log():
     records = []
 

@@ -28,9 +28,9 @@ _T = TypeVar("_T")
 Axes = tuple[Hashable, ...]
 
 
-def maximum(x: Array, axes: Axes) -> Array:
-    """The largest `x` in the batch."""
-    return lax.pmax(x, axes) if axes else x
+def maximum(x: Array | int, axes: Axes) -> Array | int:
+    """The largest `x` in the batch; a number is that of all elements."""
+    return lax.pmax(x, axes) if axes and not isinstance(x, int) else x
 
 
 def any_of(x: Array, axes: Axes) -> Array:
@@ -42,7 +42,7 @@ def where_active(is_active: BoolScalarLike, x: _T, y: _T, axes: Axes) -> _T:
     """`x` for the elements of a batch that are active, and `y` for the others. Without
     a batch, all is active.
     """
-    if len(axes) == 0:
+    if len(axes) == 0 or is_active is True:
         return x
     return jtu.tree_map(lambda a, b: jnp.where(is_active, a, b), x, y)
 

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._autodiff.closures import Hoisted, hoist
-from .._compat import Args, State
+from .._compat import Args, RealScalarLike, State, known_value, num_constant_steps
 from .._misc import zeros_like
 
 
@@ -50,6 +50,26 @@ def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
 def may_reject(controller: diffrax.AbstractStepSizeController) -> bool:
     """Whether a step that was tried may be made again."""
     return type(controller) not in (diffrax.ConstantStepSize, diffrax.StepTo)
+
+
+def known_num_steps(
+    controller: diffrax.AbstractStepSizeController,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    dt0: RealScalarLike | None,
+) -> int | None:
+    """How many steps a solve makes, unless it ends early; `None` if this is not known
+    when it is traced.
+    """
+    if type(controller) is diffrax.StepTo:
+        return len(controller.ts) - 1
+    if type(controller) is not diffrax.ConstantStepSize or dt0 is None:
+        return None
+    known = [known_value(x) for x in (t0, t1, dt0)]
+    if any(x is None for x in known):
+        return None
+    num = num_constant_steps(controller, *known)
+    return num if num > 0 else None
 
 
 class _HoistedController(diffrax.AbstractStepSizeController):

@@ -29,8 +29,8 @@ from .._compat import (
     nondifferentiable,
     nondifferentiable_backward,
 )
-from .._misc import num_bytes
-from .._solver import ReversibleHeun, carried, check_sense
+from .._misc import num_bytes, zeros_like
+from .._solver import ReversibleHeun, carried, check_sense, never_fails
 from .._solver.stage_loops import (
     in_forward_mode,
     linearizable,
@@ -39,7 +39,12 @@ from .._solver.stage_loops import (
 )
 from .._term.base import with_weak_directions
 from .._term.hoisted import hoist_closures, hoist_save_fns
-from .controllers import close_over_controller, may_jump, may_reject
+from .controllers import (
+    close_over_controller,
+    known_num_steps,
+    may_jump,
+    may_reject,
+)
 from .gradient_in_times import distinct, split_times
 from .records import Differentiated, Parameters, Recorded, Start
 from .saved import get_save_states, get_saved, get_subs
@@ -123,8 +128,11 @@ def prepare(
             kwargs["args"],
         )
         init_state = dataclasses.replace(init_state, solver_state=solver_state)
+    num_steps = None
+    if kwargs["event"] is None and never_fails(solver):
+        num_steps = known_num_steps(kwargs["stepsize_controller"], *times)
     changed = dict(terms=terms, t1=t1, solver=solver, init_state=init_state)
-    return {**kwargs, **changed}
+    return {**kwargs, **changed, "num_steps": num_steps}
 
 
 def solve(
@@ -139,6 +147,7 @@ def solve(
     t0,
     t1,
     init_state,
+    num_steps,
     **kwargs,
 ) -> tuple[State, Any]:
     """What `AbstractAdjoint.loop` is to return, for arguments from `prepare`."""
@@ -171,6 +180,7 @@ def solve(
         init_state,
         may_have_gaps,
         may_reject(stepsize_controller),
+        num_steps,
         **kwargs,
     )
     # With these loops the solver has every derivative.
@@ -210,21 +220,25 @@ def solve(
 
 
 class _Recorder(NamedTuple):
-    """A `Recording` of a solve: how it is made. `first_step` is what would be kept of
-    one from the start.
+    """A `Recording` of a solve: how it is made. `num_steps` is how many there will be,
+    if this is known; `first_step` is what would be kept of one from the start.
     """
 
+    num_steps: int | None
     steps_per_page: int
     takes_snapshots: bool
     may_have_gaps: bool
     linearized_step: LinearizedStep | None
-    first_step: Callable[[State], MadeStep]
+    first_step: Callable[[State], MadeStep] | None
 
     def with_step(self, state: State) -> State:
-        """With the last step in the state of the solver, if steps are kept."""
-        if self.linearized_step is None:
+        """With a place for the last step in the state of the solver, if steps are kept:
+        what diffrax makes steps from.
+        """
+        if self.first_step is None:
             return state
-        with_step = (state.solver_state, self.first_step(state))
+        no_step = zeros_like(eqx.filter_eval_shape(self.first_step, state))
+        with_step = (state.solver_state, no_step)
         return dataclasses.replace(state, solver_state=with_step)
 
     def without_step(self, state: State) -> State:
@@ -242,6 +256,7 @@ def _make_recorder(
     init_state: State,
     may_have_gaps: bool,
     may_be_rejected: bool,
+    num_steps: int | None,
     *,
     max_steps: int | None,
     **kwargs: Any,
@@ -272,11 +287,12 @@ def _make_recorder(
         return made
 
     return _Recorder(
+        num_steps if num_steps is None or num_steps <= max_steps else None,
         steps_per_page,
         recording.takes_snapshots,
         may_have_gaps,
         linearized_step,
-        first_step,
+        None if linearized_step is None else first_step,
     )
 
 
@@ -353,17 +369,17 @@ def _run(
     """The loop without its derivative, and the tape if there is one."""
     if recorder is None:
         return plain_while_loop(cond_fun, body_fun, init_state, **kwargs), None
-    final_state, tape = loop_and_record(
+    return loop_and_record(
         cond_fun,
         body_fun,
-        recorder.with_step(init_state),
+        init_state,
+        num_steps=recorder.num_steps,
         steps_per_page=recorder.steps_per_page,
         may_have_gaps=recorder.may_have_gaps,
         take_snapshots=recorder.takes_snapshots,
-        keeps_steps=recorder.linearized_step is not None,
+        first_step=recorder.first_step,
         **kwargs,
     )
-    return recorder.without_step(final_state), tape
 
 
 _get_times = operator.attrgetter(

@@ -10,9 +10,10 @@ there are no snapshots this is for speed only, of small solves on a CPU: see
 `docs/how_it_works/small_loops.md`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,7 +21,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._compat import BoolScalarLike, RealScalarLike, State, Y, while_loop
-from .._misc import in_scope
+from .._misc import in_scope, zeros_like
+
+
+_T = TypeVar("_T")
+
+# Of the pages that are cut in two. Each part costs two more evaluations of the vector
+# field, so none is short.
+shortest_in_two_parts = 16
 
 
 class SolveState(eqx.Module):
@@ -41,7 +49,9 @@ class Tape(eqx.Module):
     `snapshots` are at the start of each page, and `made` is what was kept of each step.
     `largest_y` has the largest absolute value of each entry of the solution, at any
     time, and `largest_change` that of its difference from the initial one, at the ends
-    of pages.
+    of pages. If it is known when a solve is traced how many steps it makes, loops over
+    them have a known length: on an accelerator, others ask the host in each step
+    whether to go on.
     """
 
     ends: Float[Array, "pages steps_per_page_plus_1"]
@@ -51,28 +61,31 @@ class Tape(eqx.Module):
     largest_change: PyTree[Float[Array, "..."]]
     num_steps: Int[Array, ""]
     made: PyTree[Array] | None = None
+    known_num_steps: int | None = eqx.field(static=True, default=None)
 
     @property
     def steps_per_page(self) -> int:
         return self.ends.shape[-1] - 1
 
     @property
-    def num_pages(self) -> Int[Array, ""]:
-        return -(-self.num_steps // self.steps_per_page)
+    def num_pages(self) -> Int[Array, ""] | int:
+        known = self.known_num_steps
+        return -(-(self.num_steps if known is None else known) // self.steps_per_page)
 
     def page(self, i: Int[Array, ""]) -> "Page":
         ends, starts, snapshot, made = jtu.tree_map(
             lambda x: x[i], (self.ends, self.starts, self.snapshots, self.made)
         )
         num_before = i * self.steps_per_page
-        num_steps = jnp.minimum(self.num_steps - num_before, self.steps_per_page)
-        first = jnp.zeros_like(num_steps)
+        num_steps = self.steps_per_page
+        if not are_full(self.known_num_steps, num_steps):
+            num_steps = jnp.minimum(self.num_steps - num_before, num_steps)
+        first = jnp.zeros_like(self.num_steps)
         return Page(ends, starts, snapshot, num_before, first, num_steps, made)
 
     @property
     def parts_per_page(self) -> int:
-        # Each part costs two more evaluations of the vector field, so none is short.
-        return 1 if self.steps_per_page < 16 else 2
+        return 1 if self.steps_per_page < shortest_in_two_parts else 2
 
     def part(self, i: Int[Array, ""]) -> "Page":
         """A page, or a half of it: then there is a point between two parts in every
@@ -84,7 +97,9 @@ class Tape(eqx.Module):
         half = page.num_steps // 2
         is_second = i % 2 == 1
         first = jnp.where(is_second, half, 0)
-        num_steps = jnp.where(is_second, page.num_steps - half, half)
+        num_steps = half
+        if not isinstance(half, int) or 2 * half != page.num_steps:
+            num_steps = jnp.where(is_second, page.num_steps - half, half)
         return eqx.tree_at(lambda p: (p.first, p.num_steps), page, (first, num_steps))
 
 
@@ -111,7 +126,7 @@ class Page(eqx.Module):
     snapshot: SolveState | None
     num_before: Int[Array, ""]
     first: Int[Array, ""]
-    num_steps: Int[Array, ""]
+    num_steps: Int[Array, ""] | int
     made: PyTree[Array] | None
 
     def step(self, k: Int[Array, ""], is_made: BoolScalarLike) -> Step:
@@ -128,6 +143,11 @@ class Page(eqx.Module):
         return Step(prev_t1, t0, t1, start > end, index, is_made)
 
 
+def are_full(num_steps: int | None, steps_per_page: int) -> bool:
+    """Whether it is known that pages are filled to the end, the last one too."""
+    return num_steps is not None and num_steps % steps_per_page == 0
+
+
 @in_scope("forward_solve")
 def loop_and_record(
     cond_fun: Callable[[State], Bool[Array, ""]],
@@ -139,28 +159,43 @@ def loop_and_record(
     steps_per_page: int,
     may_have_gaps: bool,
     take_snapshots: bool,
-    keeps_steps: bool = False,
+    first_step: Callable[[State], Any] | None = None,
+    num_steps: int | None = None,
 ) -> tuple[State, Tape]:
     """Runs the loop of a solve, with the arguments that diffrax calls its
-    `outer_while_loop` with, and records it. If it `keeps_steps`, what is kept of each
-    is in the solver's state after it; and before the first, what would be kept of one
-    from there, as this is looked at for elements that made none.
+    `outer_while_loop` with, and records it. It makes `num_steps`, if that is known.
+
+    If steps are kept, what is kept of each is in the solver's state after it. It is not
+    carried there, as it is large. What would be kept of a `first_step` is the first to
+    be written, as this is looked at for elements of a batch that made none.
     """
-    num_pages = max(1, math.ceil(max_steps / steps_per_page))
+    num_pages = max(1, math.ceil((num_steps or max_steps) / steps_per_page))
+    first = no_step = None
+    if first_step is not None:
+        no_step = zeros_like(eqx.filter_eval_shape(first_step, init_state))
+        first = first_step(init_state) if num_steps is None else no_step
+
+    def make_step(state):
+        if first_step is None:
+            return body_fun(state), None
+        # It does not look at the step before.
+        new_state = body_fun(_with_solver_state(state, (state.solver_state, no_step)))
+        solver_state, made = new_state.solver_state
+        return _with_solver_state(new_state, solver_state), made
+
     init_pages = _empty_pages(
-        init_state, num_pages, steps_per_page, may_have_gaps, keeps_steps
+        init_state, num_pages, steps_per_page, may_have_gaps, first
     )
 
     def get_snapshot(state):
-        if not take_snapshots:
-            return None
-        solver_state = state.solver_state
-        return SolveState(state.y, solver_state[0] if keeps_steps else solver_state)
+        return SolveState(state.y, state.solver_state) if take_snapshots else None
 
     init_snapshots = jtu.tree_map(
         lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),
         get_snapshot(init_state),
     )
+
+    is_full = are_full(num_steps, steps_per_page)
 
     def is_running(state):
         return cond_fun(state) & (state.num_steps < max_steps)
@@ -176,7 +211,7 @@ def loop_and_record(
         )
         # The same, but for what is written when the page is full.
         val = (state, prev_t1, largest_y, page)
-        val = _take_steps(is_running, body_fun, buffers, steps_per_page, val)
+        val = _take_steps(is_running, make_step, buffers, steps_per_page, is_full, val)
         state, prev_t1, largest_y, page = val
         # The new trees go first, as buffers are trees themselves.
         write = lambda new, old: old.at[i].set(new)
@@ -191,15 +226,16 @@ def loop_and_record(
     # and the snapshots.
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
-    final_state, _, largest, (starts, ends, made), snapshots = while_loop(
+    final_state, _, largest, (starts, ends, made), snapshots = _loop(
         lambda val: is_running(val[0]),
         fill_page,
         (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
         buffers=lambda val: (*buffers(val[0]), *val[3:]),
-        kind="lax",
+        length=None if num_steps is None else num_pages,
     )
-    num_steps = jnp.asarray(final_state.num_accepted_steps)
-    return final_state, Tape(ends, starts, snapshots, *largest, num_steps, made)
+    num_made = jnp.asarray(final_state.num_accepted_steps)
+    tape = Tape(ends, starts, snapshots, *largest, num_made, made, num_steps)
+    return final_state, tape
 
 
 def _empty_pages(
@@ -207,25 +243,23 @@ def _empty_pages(
     num_pages: int,
     steps_per_page: int,
     may_have_gaps: bool,
-    keeps_steps: bool,
+    first: PyTree[Array] | None,
 ) -> tuple[Array | None, Array, PyTree[Array] | None]:
     """The starts and the ends of steps, and what is kept of each."""
     # Not zeros: in a batch, a step is made from here for elements that made none.
     full = lambda *shape: jnp.full(shape, init_state.tprev)
     starts = full(num_pages, steps_per_page) if may_have_gaps else None
     ends = full(num_pages, steps_per_page + 1)
-    if not keeps_steps:
-        return starts, ends, None
-    _, first = init_state.solver_state
     zeros = lambda x: jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype)
     return starts, ends, jtu.tree_map(lambda x: zeros(x).at[0, 0].set(x), first)
 
 
 def _take_steps(
     is_running: Callable[[State], Bool[Array, ""]],
-    body_fun: Callable[[State], State],
+    make_step: Callable[[State], tuple[State, Any]],
     buffers: Callable[[State], Any],
     steps_per_page: int,
+    is_full: bool,
     init_val: tuple[State, RealScalarLike, Y, Any],
 ) -> tuple[State, RealScalarLike, Y, Any]:
     """Takes steps until a page is full. What is carried is the state of the solve, the
@@ -239,21 +273,21 @@ def _take_steps(
         num_on_page = state.num_accepted_steps - num_before
         return is_running(state) & (num_on_page < steps_per_page)
 
-    step = lambda val: _step_and_write(body_fun, num_before, *val)
+    step = lambda val: _step_and_write(make_step, num_before, *val)
     if steps_per_page == 1:
         return step(init_val)
-    return while_loop(
+    return _loop(
         has_room,
         step,
         init_val,
         buffers=lambda val: (*buffers(val[0]), val[3][2]),
-        kind="lax",
+        length=steps_per_page if is_full else None,
     )
 
 
 @in_scope("forward_step")
 def _step_and_write(
-    body_fun: Callable[[State], State],
+    make_step: Callable[[State], tuple[State, Any]],
     num_before: Int[ArrayLike, ""],
     state: State,
     prev_t1: Float[Array, ""],
@@ -264,7 +298,9 @@ def _step_and_write(
     which there are `num_before` steps; and what is kept of it to `made`.
     """
     starts, ends, made = page
-    k = state.num_accepted_steps - num_before
+    # On a page of one step, what is written is the page.
+    is_page = ends.shape[-1] == 2
+    k = 0 if is_page else state.num_accepted_steps - num_before
     # A rejected step is overwritten by the next one.
     start, end = state.tprev, state.tnext
     num_accepted = state.num_accepted_steps
@@ -272,16 +308,39 @@ def _step_and_write(
         swap = jnp.asarray(state.made_jump)
         start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
         starts = starts.at[k].set(start)
-    new_state = body_fun(state)
+    new_state, new = make_step(state)
+    # The new tree goes first, as buffers are trees themselves.
+    made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), new, made)
     is_accepted = new_state.num_accepted_steps > num_accepted
     prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
     largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
     ends = ends.at[k + 1].set(end)
-    if made is not None:
-        _, new = new_state.solver_state
-        # The new tree goes first, as buffers are trees themselves.
-        made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), new, made)
     return new_state, prev_t1, largest_y, (starts, ends, made)
+
+
+def _with_solver_state(state: State, solver_state: PyTree[Any]) -> State:
+    return dataclasses.replace(state, solver_state=solver_state)
+
+
+def _loop(
+    cond_fun: Callable[[_T], Bool[Array, ""]],
+    body_fun: Callable[[_T], _T],
+    init_val: _T,
+    *,
+    buffers: Callable[[_T], Any],
+    length: int | None,
+) -> _T:
+    """A loop, while `cond_fun` holds or, if it is known, of some length."""
+    if length is None:
+        return while_loop(cond_fun, body_fun, init_val, buffers=buffers, kind="lax")
+    _, val = while_loop(
+        lambda val: val[0] < length,
+        lambda val: (val[0] + 1, body_fun(val[1])),
+        (jnp.array(0), init_val),
+        buffers=lambda val: buffers(val[1]),
+        kind="lax",
+    )
+    return val
 
 
 def _larger(

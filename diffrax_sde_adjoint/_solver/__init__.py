@@ -7,6 +7,7 @@ from .base import (
     has_layer as has_layer,
     is_reversible as is_reversible,
     layers as layers,
+    never_fails as never_fails,
 )
 from .ees import EES25 as EES25, EES27 as EES27
 from .reversible import Reversible as Reversible

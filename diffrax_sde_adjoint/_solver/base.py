@@ -174,6 +174,15 @@ def has_layer(solver: diffrax.AbstractSolver, cls: type | tuple[type, ...]) -> b
     return any(issubclass(type(x), cls) for x in layers(solver))
 
 
+def never_fails(solver: diffrax.AbstractSolver) -> bool:
+    """Whether all steps are known to succeed: those of diffrax's explicit solvers, and
+    of those here.
+    """
+    packages = {type(x).__module__.partition(".")[0] for x in layers(solver)}
+    is_implicit = has_layer(solver, diffrax.AbstractImplicitSolver)
+    return packages <= {"diffrax", __name__.partition(".")[0]} and not is_implicit
+
+
 def check_sense(
     terms: PyTree[diffrax.AbstractTerm], solver: diffrax.AbstractSolver
 ) -> None:

@@ -5,8 +5,9 @@ import functools
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
+from .._compat import BoolScalarLike
 from .._forward.steps import LinearizedStep
 from .._forward.tape import Page
 from .sweep import Sweep, SweepState
@@ -18,7 +19,7 @@ def pull_back_kept(
     """Pulls cotangents back through the steps of a page."""
 
     def pull_back(
-        k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
     ) -> SweepState:
         step = page.step(k, is_made)
         made = jtu.tree_map(lambda x: x[page.first + k], page.made)

@@ -9,10 +9,10 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .._autodiff.batched_vjp import maximum
-from .._compat import while_loop
+from .._compat import BoolScalarLike, while_loop
 from .._forward.steps import MadeStep, inputs_of_step, linearize_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import num_bytes, zeros_like
@@ -30,6 +30,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     back through them.
     """
     num_steps = maximum(page.num_steps, sweep.axes)
+    are_any = maximum(jnp.minimum(sweep.tape.num_steps, 1), sweep.axes)
     length = sweep.tape.steps_per_page
     assert page.snapshot is not None
     first = page.step(jnp.array(0), True)
@@ -67,7 +68,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
         state1, made = _once(
-            num_steps,
+            are_any,
             lambda step, val: make(step, val[0]),
             page.step(jnp.minimum(k, last), True),
             (state0, nothing),
@@ -88,12 +89,12 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         )
 
     def undo_step(
-        k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
     ) -> SweepState:
         made = jtu.tree_map(lambda x: x[k], all_made)
         step = page.step(k, is_made)
         carry, _ = _once(
-            num_steps,
+            are_any,
             lambda step, val: (pull_back(step, val[1], val[0]), val[1]),
             step,
             (carry, made),
@@ -104,10 +105,10 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
 
 
 def _once(
-    num_steps: Int[Array, ""], fn: Callable[[Step, _T], _T], step: Step, x: _T
+    are_any: Int[Array, ""], fn: Callable[[Step, _T], _T], step: Step, x: _T
 ) -> _T:
-    """`fn(step, x)`, for one of `num_steps`, apart from the arrays of all steps, which
-    are large, if what is carried is small: see `docs/how_it_works/small_loops.md`.
+    """`fn(step, x)`, if there `are_any` steps: apart from the arrays of all, which are
+    large, if what is carried is small. See `docs/how_it_works/small_loops.md`.
     """
     if max(map(num_bytes, jtu.tree_leaves(x)), default=0) > _small:
         return fn(step, x)
@@ -119,5 +120,5 @@ def _once(
         times, x = val
         return zeros_like(times), fn(eqx.combine(times, others), x)
 
-    _, x = lax.fori_loop(0, jnp.minimum(num_steps, 1), body, (times, x))
+    _, x = lax.fori_loop(0, are_any, body, (times, x))
     return x

@@ -28,10 +28,10 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._autodiff.batched_vjp import Axes, maximum, where_active
-from .._compat import Args, DenseInfo, RealScalarLike, Y
+from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._forward.instability import Spurious
 from .._forward.records import (
     Cotangents,
@@ -105,8 +105,9 @@ class Sweep(eqx.Module):
 
         def body(i, is_active, carry):
             page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
-            num_steps = where_active(is_active, page.num_steps, 0, self.axes)
-            page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
+            if is_active is not True:
+                num_steps = where_active(is_active, page.num_steps, 0, self.axes)
+                page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
             carry = sweep_page(self, page, carry)
             known = carry.spurious
             if known is None:
@@ -153,13 +154,17 @@ class Sweep(eqx.Module):
 
     def backwards(
         self,
-        num: Int[Array, ""],
-        body_fun: Callable[[Int[Array, ""], Bool[Array, ""], SweepState], SweepState],
+        num: Int[Array, ""] | int,
+        body_fun: Callable[[Int[Array, ""], BoolScalarLike, SweepState], SweepState],
         carry: SweepState,
     ) -> SweepState:
         """`body_fun` for `num - 1`, ..., `0`; its second argument is `True`, but in a
         batch for those elements that are at their end already.
         """
+        if isinstance(num, int):
+            # The same for all elements.
+            of_right = lambda i, carry: body_fun(num - 1 - i, True, carry)
+            return lax.fori_loop(0, num, of_right, carry)
 
         sums = lambda c: c.grads.parameters
 

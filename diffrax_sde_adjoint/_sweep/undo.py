@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._autodiff.batched_vjp import where_active
-from .._compat import Args
+from .._compat import Args, BoolScalarLike
 from .._forward.steps import inputs_of_step, linearize_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import are_alike, in_scope
@@ -26,7 +26,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     assert isinstance(solver, AbstractReversibleSolver)
 
     def undo_step(
-        k: Int[Array, ""], is_made: Bool[Array, ""], carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
     ) -> SweepState:
         step = page.step(k, is_made)
         controls, pull_back_controls = sweep.controls(step)

@@ -13,10 +13,10 @@ from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .._autodiff.batched_vjp import where_active
-from .._compat import VF, RealScalarLike, Y
+from .._compat import VF, BoolScalarLike, RealScalarLike, Y
 from .._forward.records import Cotangents, Parameters, of_controls, of_step
 from .._forward.tape import Page, SolveState
 from .._misc import add_where_given, in_scope
@@ -50,7 +50,7 @@ def _undo_step(
     page: Page,
     evaluate: Any,
     k: Int[Array, ""],
-    is_made: Bool[Array, ""],
+    is_made: BoolScalarLike,
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)

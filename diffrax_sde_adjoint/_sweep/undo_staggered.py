@@ -27,7 +27,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._autodiff.batched_vjp import where_active
 from .._autodiff.dependence import depends_on
@@ -151,7 +151,7 @@ def _undo_step(
     sweep: Sweep,
     page: Page,
     k: Int[Array, ""],
-    is_made: Bool[Array, ""],
+    is_made: BoolScalarLike,
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)

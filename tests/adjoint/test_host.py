@@ -98,6 +98,7 @@ def callbacks(hlo: str) -> tuple[int, int]:
     return count(bodies), count(found)
 
 
+known_length = [cases[x] for x in ("grid, undone", "grid, kept")]
 by_default = ("grid, undone", "off the grid, made again", "adaptive, undone")
 
 
@@ -118,6 +119,9 @@ def test_no_callback_in_a_loop(case):
     in_all, in_loops = callbacks(hlo)
     assert in_all > 0
     assert in_loops == 0
+    if case in known_length:
+        # Others ask whether to go on.
+        assert hlo.count(" while(") == hlo.count('"known_trip_count"') > 0
 
 
 _lower = """

@@ -152,7 +152,7 @@ def checkpointed(size: Size, vmapped: bool) -> Loss:
     )
 
 
-def torchsde_gradient(size: Size) -> Callable[[], Any]:
+def torchsde_gradient(size: Size, device: str = "cpu") -> Callable[[], Any]:
     """torchsde's gradient of the same loss, by its adjoint for this solver."""
     import torch
     import torchsde
@@ -179,15 +179,15 @@ def torchsde_gradient(size: Size) -> Callable[[], Any]:
             self.f = Network()
             self.g = Network()
 
-    sde = SDE()
-    y0 = torch.randn(size.batch, size.dim, requires_grad=True)
-    ts = torch.tensor([0.0, 1.0])
+    sde = SDE().to(device)
+    y0 = torch.randn(size.batch, size.dim, device=device, requires_grad=True)
+    ts = torch.tensor([0.0, 1.0], device=device)
 
     def gradient():
         # Made anew, as it remembers what it was asked. Without `dt`, which a solve does
         # not pass if it makes its own path, queries take several times longer.
         path = torchsde.BrownianInterval(
-            0.0, 1.0, size=(size.batch, size.dim), dt=size.dt
+            0.0, 1.0, size=(size.batch, size.dim), dt=size.dt, device=device
         )
         ys = torchsde.sdeint_adjoint(
             sde,

@@ -1,0 +1,173 @@
+"""Solves whose number of steps is known when they are traced."""
+
+import functools
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
+from diffrax_sde_adjoint._adjoint import _full_pages
+from diffrax_sde_adjoint._forward.controllers import known_num_steps
+from diffrax_sde_adjoint._solver import never_fails
+
+
+constant = diffrax.ConstantStepSize()
+
+
+def known(controller, *times):
+    return known_num_steps(controller, *map(np.asarray, times))
+
+
+@pytest.mark.parametrize(
+    "times",
+    (
+        (0.0, 1.0, 0.1),
+        (0.0, 1.0, 1 / 3),
+        (0.0, 1.0, 0.3),
+        (0.0, 1.0, 1.0),
+        (0.0, 0.7, 0.1),
+        (-1.0, 2.0, 0.01),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_number(times, dtype):
+    times = tuple(map(dtype, times))
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -y),
+        diffrax.Euler(),
+        *map(jnp.asarray, times),
+        jnp.asarray(1, dtype),
+    )
+    assert known(constant, *times) == sol.stats["num_steps"]
+
+
+def test_unknown():
+    assert known(diffrax.StepTo(jnp.array([0.0, 0.1, 1.0])), 0.0, 1.0, 0.1) == 2
+    assert known(diffrax.PIDController(1e-3, 1e-3), 0.0, 1.0, 0.1) is None
+    assert known(constant, 0.0, np.inf, 0.1) is None
+    assert known(constant, 1.0, 1.0, 0.1) is None
+    assert known_num_steps(constant, np.asarray(0.0), np.asarray(1.0), None) is None
+    numbers = []
+
+    @jax.jit
+    def trace(t1):
+        numbers.append(known_num_steps(constant, np.asarray(0.0), t1, np.asarray(0.1)))
+
+    trace(1.0)
+    assert numbers == [None]
+
+
+class _Euler(diffrax.Euler):
+    """As if a user wrote it."""
+
+
+def test_never_fails():
+    for solver in (
+        ReversibleHeun(),
+        diffrax.Tsit5(),
+        diffrax.HalfSolver(diffrax.Heun()),
+    ):
+        assert never_fails(solver)
+    half = diffrax.HalfSolver
+    for solver in (diffrax.Kvaerno3(), half(diffrax.ImplicitEuler()), half(_Euler())):
+        assert not never_fails(solver)
+
+
+@pytest.mark.parametrize("is_limit", (False, True))
+def test_full_pages(is_limit):
+    assert _full_pages(63, None, is_limit) == 63
+    assert _full_pages(63, 1000, True) == 50
+    assert _full_pages(32, 1000, False) == 40
+    assert _full_pages(10, 100, False) == 10
+    assert _full_pages(63, 211, is_limit) == 63
+    for num_steps in range(1, 300):
+        for wanted in (1, 7, 16, 63):
+            length = _full_pages(wanted, num_steps, is_limit)
+            assert wanted / 2 <= length <= wanted * (1 if is_limit else 2) or (
+                length == num_steps
+            )
+
+
+def solve(y0, key, *, solver, adjoint, num_steps, event=None, throw=True):
+    dt = 1 / num_steps
+    path = BrownianInterval(0.0, 1.0, (), key, dt=dt)
+    sol = diffrax.diffeqsolve(
+        diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: jnp.sin(3 * y)),
+            diffrax.ControlTerm(lambda t, y, args: 0.3 * jnp.cos(y), path),
+        ),
+        solver,
+        0.0,
+        1.0,
+        dt,
+        y0,
+        event=event,
+        adjoint=adjoint,
+        throw=throw,
+    )
+    return sol.ys[-1], sol.stats["num_steps"]
+
+
+@functools.cache
+def gradient(solver, adjoint, num_steps):
+    """Alone, and in a batch."""
+    settings = dict(solver=solver, adjoint=adjoint, num_steps=num_steps)
+    loss = lambda y0, key: solve(y0, key, **settings)[0]
+    of_batch = lambda y0, keys: jnp.sum(jax.vmap(loss)(y0, keys))
+    both = lambda y0, keys: (
+        jax.grad(loss)(y0[0], keys[0]),
+        jax.grad(of_batch)(y0, keys),
+    )
+    return jax.jit(both)(jnp.array([0.3, -0.2]), jr.split(jr.key(0)))
+
+
+_ways = {
+    "undone": (ReversibleHeun(), StochasticAdjoint()),
+    "undone, checkpoints": (ReversibleHeun(), StochasticAdjoint(checkpoint_every=3)),
+    "undone, kept": (ReversibleHeun(), StochasticAdjoint(store_all=True)),
+    "made again": (diffrax.Heun(), StochasticAdjoint()),
+    "made again, checkpoints": (diffrax.Heun(), StochasticAdjoint(checkpoint_every=3)),
+    "kept": (diffrax.Heun(), StochasticAdjoint(store_all=True)),
+}
+_cases = [
+    # Pages that are full, some of which are cut in two; and one that is not.
+    pytest.param(
+        *way,
+        num_steps,
+        id=f"{name}, {num_steps} steps",
+        marks=()
+        if name in ("undone", "kept") and num_steps == 30
+        else pytest.mark.slow,
+    )
+    for num_steps in (1, 30, 64, 67)
+    for name, way in _ways.items()
+]
+
+
+@pytest.mark.parametrize("solver,adjoint,num_steps", _cases)
+def test_gradient(solver, adjoint, num_steps):
+    actual = gradient(solver, adjoint, num_steps)
+    expected = gradient(solver, diffrax.RecursiveCheckpointAdjoint(), num_steps)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10)
+
+
+def test_event_ends_a_solve():
+    event = diffrax.Event(lambda t, y, args, **kwargs: t > 0.5)
+    settings = dict(solver=ReversibleHeun(), num_steps=30, event=event)
+    for adjoint in (StochasticAdjoint(), StochasticAdjoint(store_all=True)):
+        run = lambda y0, adjoint=adjoint: solve(
+            y0, jr.key(0), adjoint=adjoint, **settings
+        )
+        grad, num = eqx.filter_jit(jax.grad(run, has_aux=True))(0.3)
+        assert 15 <= num <= 17
+        reference = lambda y0: solve(
+            y0, jr.key(0), adjoint=diffrax.RecursiveCheckpointAdjoint(), **settings
+        )[0]
+        np.testing.assert_allclose(grad, jax.grad(reference)(0.3), rtol=1e-10)
