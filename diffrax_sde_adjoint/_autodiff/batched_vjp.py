@@ -9,7 +9,7 @@ the batched function instead, whose vector-Jacobian product has the sum inside.
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.lax as lax
@@ -22,15 +22,18 @@ from .in_place import transpose_into
 
 
 _T = TypeVar("_T")
+_Number = TypeVar("_Number", bound=Array | int)
 
 
 # The names of the axes over which gradients are summed, the innermost one first.
 Axes = tuple[Hashable, ...]
 
 
-def maximum(x: Array | int, axes: Axes) -> Array | int:
+def maximum(x: _Number, axes: Axes) -> _Number:
     """The largest `x` in the batch; a number is that of all elements."""
-    return lax.pmax(x, axes) if axes and not isinstance(x, int) else x
+    if isinstance(x, int) or len(axes) == 0:
+        return x
+    return cast(_Number, lax.pmax(x, axes))
 
 
 def any_of(x: Array, axes: Axes) -> Array:

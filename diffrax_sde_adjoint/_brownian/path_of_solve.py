@@ -26,7 +26,14 @@ class PathOfSolve(diffrax.AbstractBrownianPath):
 
     path: BrownianInterval
     on_cells: bool = eqx.field(static=True)
-    kind: QueryKind = eqx.field(static=True, default="within")
+    kind: QueryKind = eqx.field(static=True)
+
+    def __init__(
+        self, path: BrownianInterval, on_cells: bool, kind: QueryKind = "within"
+    ):
+        self.path = path
+        self.on_cells = on_cells
+        self.kind = kind
 
     @property
     def t0(self):  # pyright: ignore[reportIncompatibleVariableOverride]

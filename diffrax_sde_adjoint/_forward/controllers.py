@@ -65,10 +65,10 @@ def known_num_steps(
         return len(controller.ts) - 1
     if type(controller) is not diffrax.ConstantStepSize or dt0 is None:
         return None
-    known = [known_value(x) for x in (t0, t1, dt0)]
-    if any(x is None for x in known):
+    start, end, step = map(known_value, (t0, t1, dt0))
+    if start is None or end is None or step is None:
         return None
-    num = num_constant_steps(controller, *known)
+    num = num_constant_steps(controller, start, end, step)
     return num if num > 0 else None
 
 

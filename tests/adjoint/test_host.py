@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -112,7 +113,7 @@ by_default = ("grid, undone", "off the grid, made again", "adaptive, undone")
 )
 def test_no_callback_in_a_loop(case):
     solver, adjoint, kwargs = case
-    gradient = eqx.filter_jit(jax.grad(loss))
+    gradient: Any = eqx.filter_jit(jax.grad(loss))
     args = (jnp.array(1.0), jr.key(0), solver, adjoint)
     program = gradient.lower(*args, **kwargs).compile()
     hlo = program.compiled.as_text()

@@ -40,7 +40,7 @@ def _fastest(function, seconds: float = 2.0) -> float:
 
 def _kernels(function, folder) -> tuple[int, int, float]:
     """How many kernels a run starts, how often it copies something to the host, and for
-    how long the accelerator is busy, in seconds.
+    which part of the time the accelerator is busy.
     """
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(function())
@@ -52,14 +52,15 @@ def _kernels(function, folder) -> tuple[int, int, float]:
         for x in events
         if x.get("name") == "thread_name"
     }
-    number, busy = collections.Counter(), 0.0
+    number, busy, times = collections.Counter(), 0.0, []
     for x in events:
         thread = threads.get((x.get("pid"), x.get("tid")), "")
         if x.get("ph") == "X" and thread.startswith("Stream"):
             is_copy = x["name"].startswith("Memcpy")
             number[x["name"] if is_copy else "kernel"] += 1
-            busy += 1e-6 * x["dur"]
-    return number["kernel"], number["MemcpyD2H"], busy
+            busy += x["dur"]
+            times += [x["ts"], x["ts"] + x["dur"]]
+    return number["kernel"], number["MemcpyD2H"], busy / (max(times) - min(times))
 
 
 def _row(loss, args, num_steps, folder=None) -> dict[str, str]:
@@ -75,7 +76,7 @@ def _row(loss, args, num_steps, folder=None) -> dict[str, str]:
         kernels, copies, busy = _kernels(lambda: program(*args), folder)
         row["kernels a step"] = f"{kernels / num_steps:.1f}"
         row["copies to the host a step"] = f"{copies / num_steps:.2f}"
-        row["busy"] = f"{100 * busy / seconds:.0f}%"
+        row["busy"] = f"{100 * busy:.0f}%"
     return row
 
 

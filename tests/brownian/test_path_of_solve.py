@@ -33,18 +33,22 @@ def solve(
     path = BrownianInterval(t0, t1, (), key, dt=dt, levy_area=levy_area)
     # Not at the ends of steps, which may be rounded either way.
     at = times[0] + (times[1] - times[0]) * jnp.array([0.13, 0.57, 0.91])
-    return diffrax.diffeqsolve(
+    sol = diffrax.diffeqsolve(
         diffrax.MultiTerm(
             diffrax.ODETerm(lambda t, y, args: -y),
             cls(lambda t, y, args: 0.3 * y, path),
         ),
         solver,
-        *times,
-        jnp.array(1.0),
+        t0=times[0],
+        t1=times[1],
+        dt0=times[2],
+        y0=jnp.array(1.0),
         saveat=diffrax.SaveAt(ts=at),
         adjoint=StochasticAdjoint(),
         max_steps=64,
-    ).ys
+    )
+    assert sol.ys is not None
+    return sol.ys
 
 
 def terms_of_solve(path, times, direction=1):

@@ -38,10 +38,13 @@ def known(controller, *times):
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
 def test_number(times, dtype):
     times = tuple(map(dtype, times))
+    t0, t1, dt0 = map(jnp.asarray, times)
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: -y),
         diffrax.Euler(),
-        *map(jnp.asarray, times),
+        t0,
+        t1,
+        dt0,
         jnp.asarray(1, dtype),
     )
     assert known(constant, *times) == sol.stats["num_steps"]
