@@ -49,7 +49,8 @@ REVERSIBLE = Method()
 
 
 class NeuralDE(eqx.Module):
-    """`dh = f(t, h) dt + g(t, h) dX` from `h(0) = initial(x)`, and a linear map of it.
+    """`dh = f(t, h) dt + g(t, h) dX` from `h(0) = initial(x)`, and a linear map of it,
+    or of `h` at both ends of each step.
 
     As a generator, `X` is Brownian motion and `x` noise. As a critic, `X` is a series
     and `x` its start. `X` drives the first `driven` entries of `h`, by default all.
@@ -60,6 +61,7 @@ class NeuralDE(eqx.Module):
     field: eqx.nn.MLP
     readout: eqx.nn.Linear
     end: float | None = eqx.field(static=True)  # of the times that networks see
+    reads_both_ends: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class NeuralDE(eqx.Module):
         hidden: int = HIDDEN,
         width: int = WIDTH,
         driven: int | None = None,
+        reads_both_ends: bool = False,
     ):
         driven = hidden if driven is None else driven
         keys = jr.split(key, 4)
@@ -85,8 +88,10 @@ class NeuralDE(eqx.Module):
         self.initial = mlp(num_x, hidden, lambda x: x, keys[0])
         self.drift = mlp(inputs, hidden, jnp.tanh, keys[1])
         self.field = mlp(inputs, driven * control, jnp.tanh, keys[2])
-        self.readout = eqx.nn.Linear(hidden, out, dtype=float32, key=keys[3])
+        num_read = 2 * hidden if reads_both_ends else hidden
+        self.readout = eqx.nn.Linear(num_read, out, dtype=float32, key=keys[3])
         self.end = end
+        self.reads_both_ends = reads_both_ends
 
     def __call__(
         self,
@@ -97,7 +102,7 @@ class NeuralDE(eqx.Module):
         saveat: SaveAt,
         method: Method,
     ) -> Float[Array, "times batch out"]:
-        hidden = self.readout.in_features
+        hidden = self.initial.out_size
         assert isinstance(hidden, int)
         sol = diffeqsolve(
             MultiTerm(ODETerm(drift), FieldTerm(control, hidden)),
@@ -111,8 +116,11 @@ class NeuralDE(eqx.Module):
             adjoint=method.adjoint,
             max_steps=steps,
         )
-        assert sol.ys is not None
-        return jax.vmap(jax.vmap(self.readout))(sol.ys)
+        h = sol.ys
+        assert h is not None
+        if self.reads_both_ends:
+            h = jnp.concatenate([h[:-1], h[1:]], axis=-1)
+        return jax.vmap(jax.vmap(self.readout))(h)
 
     def evaluate(self, network: eqx.nn.MLP, t, h: Float[Array, "batch hidden"]):
         if self.end is not None:
@@ -150,9 +158,10 @@ class Generator(eqx.Module):
     """A neural SDE that makes series of noise, at times 0, 1, ..., `times` - 1.
 
     What is read from a state that Brownian motion drives is as rough. If `is_averaged`,
-    a value is the mean of what is read until the time after it, as are data that were
-    measured more often; and Brownian motion drives half of the state only, so that the
-    other half is smooth. If not `sees_time`, networks do not see what time it is.
+    as are data that were measured more often, a value is read from the states at both
+    ends of the steps until the time after it; and Brownian motion drives half of the
+    state only, so that the other half is smooth. If not `sees_time`, networks do not
+    see what time it is.
     """
 
     sde: NeuralDE
@@ -181,6 +190,7 @@ class Generator(eqx.Module):
             hidden=hidden,
             width=width,
             driven=hidden // 2 if is_averaged else None,
+            reads_both_ends=is_averaged,
         )
         self.times = times
         self.is_averaged = is_averaged
@@ -200,7 +210,6 @@ class Generator(eqx.Module):
         saveat = SaveAt(t0=True, steps=True)
         series = self.sde(start, path, steps, dt, saveat, method)
         if self.is_averaged:
-            series = 0.5 * (series[:-1] + series[1:])
             series = jnp.mean(series.reshape(-1, every, *series.shape[1:]), axis=1)
         else:
             series = series[::every]

@@ -1,8 +1,8 @@
 """A neural SDE learns to generate series, by a scoring rule.
 
     python examples/neural_sde_score.py
-    python examples/neural_sde_score.py --data ou
-    python examples/neural_sde_score.py --data shares
+    python examples/neural_sde_score.py --data ou --steps 8000
+    python examples/neural_sde_score.py --data shares --steps 8000
 
 There is one model, one loss and one optimiser: the loss is the energy score of windows
 of the generated series and of whole ones, which compares them with series of the data,
@@ -84,7 +84,7 @@ def main(
     steps_per_time: int = 1,
     size: int = 16,
     width: int = 16,
-    steps: int = 8000,
+    steps: int = 16000,
     batch: int = 256,
     generated: int = 128,
     learning_rate: float = 2e-3,
@@ -103,8 +103,8 @@ def main(
         windows: those of each step of the optimiser; none, if it is 0.
         whole: the weight of the score of whole series.
         missing: the share of values that are not seen in each of the training series.
-        averaged: whether each value is the mean of what is generated until the next
-            one. By default, for glucose, which is measured so.
+        averaged: whether each value is of all that is generated until the next one. By
+            default, for glucose, which is measured so.
         sees_time: whether networks do. By default, if the law of the data depends on
             it, as that of `ou` does.
         steps_per_time: of the solver.

@@ -241,7 +241,7 @@ def main(
             over their second half.
         batch: series of the data, and as many generated ones, in each step.
         learning_rates: of the generator and of the critic, at first.
-        averaged: whether each value is the mean of what is generated until the next
+        averaged: whether each value is of all that is generated until the next
             one, as readings of glucose are.
         sees_time: whether the generator's networks do.
         held_out: what to compare with. Choose settings by `validation`.

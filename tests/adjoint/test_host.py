@@ -120,7 +120,7 @@ def test_no_callback_in_a_loop(case):
     in_all, in_loops = callbacks(hlo)
     assert in_all > 0
     assert in_loops == 0
-    if case in known_length:
+    if case in known_length and jax.__version_info__ >= (0, 7):
         # Others ask whether to go on.
         assert hlo.count(" while(") == hlo.count('"known_trip_count"') > 0
 
