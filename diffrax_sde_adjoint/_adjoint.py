@@ -93,8 +93,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     solver, step size controller and `SaveAt` of diffrax, and for SDEs, ODEs and CDEs.
     There are three [ways back](../how_it_works/stochastic_adjoint.md) through a solve.
     In evaluations of the vector field for each stage of a step, with $N$ for
-    `max_steps`, a state of size $S$, and $R$ for what the derivative of a step needs,
-    such as the activations of a network (all of a batch):
+    `max_steps` (or the number of steps, if these are constant and times are numbers
+    that are known when the solve is traced), a state of size $S$, and $R$ for what the
+    derivative of a step needs, such as the activations of a network (all of a batch):
 
     | | evaluations | memory, beside $S + R$ |
     | - | - | - |
@@ -126,9 +127,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
 
     Brownian paths have to give the same value when queried again, as
     [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of explicit
-    Runge-Kutta methods are written out, which is faster than diffrax's loop. Those of
-    implicit ones are not, and are evaluated once more; so is what has a derivative in
-    reverse mode only, as every `jax.custom_vjp` does.
+    Runge-Kutta methods are written out, which is faster than diffrax's loop. What has a
+    derivative in reverse mode only, as every `jax.custom_vjp` does, is evaluated once
+    more; so are steps of implicit methods with `store_all=True`, if these are adaptive.
 
     It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
     undoing steps misses where the solve had been by what is worth more than 6e-6
