@@ -179,11 +179,8 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
                 "step, and does not take `checkpoint_every`. Pass one of the two."
             )
 
-    def loop(
-        self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
-    ) -> tuple[State, Any]:
-        del passed_controller_state
-        kwargs = prepare(self, "StochasticAdjoint", passed_solver_state, **kwargs)
+    def loop(self=None, *, throw, **kwargs) -> tuple[State, Any]:
+        kwargs = prepare(self, "StochasticAdjoint", throw=throw, **kwargs)
         assert self is not None
         solver = kwargs["solver"]
         max_steps, num_steps = kwargs["max_steps"], kwargs["num_steps"]

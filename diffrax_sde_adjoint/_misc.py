@@ -21,6 +21,8 @@ from ._compat import _EquinoxRuntimeError, callback_log, unvmap_any
 
 
 _T = TypeVar("_T", bound=PyTree)
+# As equinox does, when it is imported.
+_on_error = os.environ.get("EQX_ON_ERROR", "raise")
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def error_with_values_if(
     """As [`equinox.error_if`][], with a message that has scalar `values` filled in as
     `str.format` does.
     """
-    if os.environ.get("EQX_ON_ERROR") in ("off", "nan"):
+    if _on_error in ("off", "nan"):
         # There is no message, and no callback either.
         return eqx.error_if(x, pred, template)
     message = _Message(template, len(values))

@@ -112,8 +112,14 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
     def loop(
         self=None, *, throw, passed_solver_state, passed_controller_state, **kwargs
     ) -> tuple[State, Any]:
-        del passed_controller_state
-        kwargs = prepare(self, "BackwardSDEAdjoint", passed_solver_state, **kwargs)
+        kwargs = prepare(
+            self,
+            "BackwardSDEAdjoint",
+            throw=throw,
+            passed_solver_state=passed_solver_state,
+            passed_controller_state=passed_controller_state,
+            **kwargs,
+        )
         assert self is not None
         init_state = kwargs["init_state"]
         if self.checkpoint_every is not None and kwargs["max_steps"] is None:

@@ -218,6 +218,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         source = self._source
         cells = source.cells
         tol = self._tolerance(dtypes)
+        if kind == "cell":
+            # It is known to be one, so rounding does not matter.
+            tol = 0.25 * cells.shortest
         cell = cells.cell_from(t0, tol)
 
         def evaluate(drawn):
@@ -225,6 +228,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             is_within = self._is_within(ts, tol)
             if kind == "any":
                 ts = self._error_unless(ts, is_within, ts)
+            else:
+                is_within = is_within | (t0 == t1)
             # XLA would move what does not depend on the loop out of it, and run it
             # always.
             ts, drawn = lax.optimization_barrier((ts, drawn))
@@ -242,7 +247,9 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         is_edge1 = jnp.abs(t1 - cells.edge(cell + 1)) <= tol
         is_cell = is_edge0 & is_edge1 & (cell < cells.count) & (t0 < t1)
         # In a batch, these are the steps of an element that is at its end.
-        is_empty = (t0 == t1) & self._is_within(jnp.stack([t0, t1]), tol)
+        is_empty = t0 == t1
+        if kind == "any":
+            is_empty = is_empty & self._is_within(jnp.stack([t0, t1]), tol)
         dt = jnp.where(is_empty, 0, cells.length(cell))
         if kind == "cell":
             dt = jnp.where(is_cell | is_empty, dt, jnp.nan)

@@ -6,22 +6,19 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._compat import RealScalarLike, WrapTerm, direction_of, known_value
+from .._compat import RealScalarLike, WrapTerm, Y, direction_of, known_value
 from .arguments import time_dtype
 from .interval import BrownianInterval, QueryKind
 
 
 class PathOfSolve(diffrax.AbstractBrownianPath):
-    """A path whose queries are known to be within it. If it is `on_cells`, then the
-    steps of the solve are its cells.
-
-    A query that is not what it should be is not a number.
+    """A path whose queries are known to be of one `kind`: there is NaN for another one,
+    and no error. If it is `on_cells`, the steps of the solve are its cells.
     """
 
     path: BrownianInterval
@@ -35,6 +32,12 @@ class PathOfSolve(diffrax.AbstractBrownianPath):
         self.on_cells = on_cells
         self.kind = kind
 
+    def __getattr__(self, name: str) -> Any:
+        # Terms may look at what the path is made of.
+        if name == "path":
+            raise AttributeError(name)
+        return getattr(self.path, name)
+
     @property
     def t0(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.path.t0
@@ -47,10 +50,6 @@ class PathOfSolve(diffrax.AbstractBrownianPath):
     def levy_area(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.path.levy_area
 
-    @property
-    def shape(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return self.path.shape
-
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         del left
         return self.path._query(t0, t1, use_levy, self.kind)
@@ -58,33 +57,39 @@ class PathOfSolve(diffrax.AbstractBrownianPath):
 
 def with_paths_of_solve(
     terms: PyTree[diffrax.AbstractTerm],
-    controller: diffrax.AbstractStepSizeController,
+    y: Y,
     t0: RealScalarLike,
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
-) -> tuple[PyTree[diffrax.AbstractTerm], RealScalarLike]:
+    *,
+    has_planned_steps: bool,
+    goes_to_end: bool,
+) -> tuple[PyTree[diffrax.AbstractTerm], Y]:
     """`terms`, each path of which is that of a solve, if its increments are all that
-    the term is driven by; and `t1`, with an error if one of these does not hold the
-    whole interval of the solve.
+    the term is driven by; and `y`, with an error if one of them does not hold the whole
+    interval of a solve that `goes_to_end`.
 
     `t0`, `t1` and `dt0` are those of an adjoint, where the solve is forward in time
-    whatever its direction.
+    whatever its direction. It `has_planned_steps` if it is known that these are as
+    many, and as long, as for a new `diffrax.ConstantStepSize`.
     """
-    is_constant = type(controller) is diffrax.ConstantStepSize
-    known_times = [known_value(x) for x in (t0, t1, dt0)] if is_constant else None
+    times = [known_value(x) for x in (t0, t1, dt0)] if has_planned_steps else None
 
     def with_path(term: Any) -> Any:
-        nonlocal t1
+        nonlocal y
         if not (is_term(term) and _has_path(term.term)):
             return term
         path, direction = term.term.control, direction_of(term)
-        on_cells = known_times is not None and _are_cells(path, direction, known_times)
+        # These hold the interval, as they begin and end with it.
+        on_cells = times is not None and _are_cells(path, direction, times)
+        if not (on_cells or goes_to_end):
+            return term
         if not on_cells:
-            t1 = _checked(path, direction, t0, t1)
+            y = _checked(y, path, direction, t0, t1)
         return eqx.tree_at(lambda x: x.term.control, term, PathOfSolve(path, on_cells))
 
     is_term = lambda x: isinstance(x, WrapTerm)
-    return jtu.tree_map(with_path, terms, is_leaf=is_term), t1
+    return jtu.tree_map(with_path, terms, is_leaf=is_term), y
 
 
 def _is_on_cells(x: Any) -> bool:
@@ -104,10 +109,9 @@ def of_whole_steps(term: diffrax.AbstractTerm) -> diffrax.AbstractTerm:
 
 def _has_path(term: Any) -> bool:
     """Whether the control of a term is a path, and nothing else."""
-    classes = (diffrax.ControlTerm, diffrax.UnderdampedLangevinDiffusionTerm)
     return (
-        isinstance(term, classes)
-        and type(term).contr in [x.contr for x in classes]
+        isinstance(term, diffrax.ControlTerm)
+        and type(term).contr is diffrax.ControlTerm.contr
         and isinstance(term.control, BrownianInterval)
     )
 
@@ -115,21 +119,27 @@ def _has_path(term: Any) -> bool:
 def _are_cells(
     path: BrownianInterval, direction: Any, times: list[np.ndarray | None]
 ) -> bool:
-    """Whether it is known that constant steps are the cells of a path."""
+    """Whether it is known that steps from `t0` to `t1` of `dt0` are the cells of a
+    path: they are made of the same three numbers, by the same formula.
+    """
     sign, constants = known_value(direction), path._constants
     if constants is None or sign is None or sign != 1:
         return False
-    is_equal = lambda x, y: x is not None and x.astype(path.t0.dtype) == y
+    is_equal = lambda x, y: x is not None and x.dtype == path.t0.dtype and x == y
     return all(map(is_equal, times, constants))
 
 
 def _checked(
-    path: BrownianInterval, direction: Any, t0: RealScalarLike, t1: RealScalarLike
-) -> RealScalarLike:
-    """`t1`, with an error if a solve is not within the path."""
+    x: Y,
+    path: BrownianInterval,
+    direction: Any,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+) -> Y:
+    """`x`, with an error if a solve is not within the path."""
     start, end = (jnp.asarray(t, path.t0.dtype) for t in (t0, t1))
     ts = jnp.where(direction == 1, jnp.stack([start, end]), -jnp.stack([end, start]))
     tol = path._tolerance((path.t0.dtype, time_dtype(t0, t1)))
-    # A solve of no length makes no step.
+    # A solve of no length is at one time only, where the increment is zero.
     is_within = path._is_within(ts, tol) | (start == end)
-    return path._error_unless(t1, is_within, ts)
+    return path._error_unless(x, is_within, ts)

@@ -9,6 +9,7 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from .._autodiff.closures import Hoisted, hoist
@@ -58,8 +59,8 @@ def known_num_steps(
     t1: RealScalarLike,
     dt0: RealScalarLike | None,
 ) -> int | None:
-    """How many steps a solve makes, unless it ends early; `None` if this is not known
-    when it is traced.
+    """How many steps a solve makes that begins with a new controller, unless it ends
+    early; `None` if this is not known when it is traced.
     """
     if type(controller) is diffrax.StepTo:
         return len(controller.ts) - 1
@@ -69,7 +70,20 @@ def known_num_steps(
     if start is None or end is None or step is None:
         return None
     num = num_constant_steps(controller, start, end, step)
-    return num if num > 0 else None
+    return num if num > 0 and _are_all_made(num, start, end, step) else None
+
+
+def _are_all_made(num: int, t0: np.ndarray, t1: np.ndarray, dt0: np.ndarray) -> bool:
+    """Whether it is sure that there are as many constant steps as planned. The first
+    one is as long as `dt0`, by which it may miss the end; and diffrax makes one step of
+    those that end within 100 units of rounding of it.
+    """
+    first = t0 + dt0
+    if num == 1:
+        return bool(first >= t1)
+    last = max(float(first), float(t0) + (float(t1) - float(t0)) * (num - 1) / num)
+    rounding = float(np.finfo(t1.dtype).eps) * max(abs(float(t0)), abs(float(t1)))
+    return last < float(t1) - 200 * rounding
 
 
 class _HoistedController(diffrax.AbstractStepSizeController):

@@ -90,7 +90,13 @@ def check_checkpoint_every(name: str, num: Any) -> None:
 
 
 def prepare(
-    adjoint: Any, name: str, passed_solver_state: bool, **kwargs: Any
+    adjoint: Any,
+    name: str,
+    *,
+    throw: bool,
+    passed_solver_state: bool,
+    passed_controller_state: bool,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """The arguments of `AbstractAdjoint.loop`, which are checked, with a solver whose
     steps are those that are made. Messages are those of an `adjoint` of this `name`.
@@ -111,7 +117,20 @@ def prepare(
         )
     times = [kwargs[x] for x in ("t0", "t1", "dt0")]
     warn_of_costly_steps(terms, kwargs["stepsize_controller"], *times)
-    terms, t1 = with_paths_of_solve(terms, kwargs["stepsize_controller"], *times)
+    controller, has_event = kwargs["stepsize_controller"], kwargs["event"] is not None
+    num_steps = None
+    if not passed_controller_state:
+        num_steps = known_num_steps(controller, *times)
+    is_constant = type(controller) is diffrax.ConstantStepSize
+    terms, y = with_paths_of_solve(
+        terms,
+        init_state.y,
+        *times,
+        has_planned_steps=is_constant and num_steps is not None,
+        # Or fails: with an error if it is to throw one.
+        goes_to_end=throw and not has_event,
+    )
+    init_state = dataclasses.replace(init_state, y=y)
     if type(solver) is diffrax.ReversibleHeun:
         solver = ReversibleHeun()
         init_state = eqx.tree_at(
@@ -128,11 +147,10 @@ def prepare(
             kwargs["args"],
         )
         init_state = dataclasses.replace(init_state, solver_state=solver_state)
-    num_steps = None
-    if kwargs["event"] is None and never_fails(solver):
-        num_steps = known_num_steps(kwargs["stepsize_controller"], *times)
-    changed = dict(terms=terms, t1=t1, solver=solver, init_state=init_state)
-    return {**kwargs, **changed, "num_steps": num_steps}
+    if has_event or not never_fails(solver):
+        num_steps = None
+    changed = dict(solver=solver, init_state=init_state, num_steps=num_steps)
+    return {**kwargs, **changed, "terms": terms}
 
 
 def solve(

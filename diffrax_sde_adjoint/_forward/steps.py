@@ -156,8 +156,8 @@ class LinearizedStep(eqx.Module):
 
 
 class DrawnSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
-    """A solver whose steps are given their controls, as these are cheaper if it is
-    known that they are of a whole step.
+    """A solver whose steps are given the controls of all terms, as these are cheaper if
+    it is known that they are of a whole step.
     """
 
     solver: diffrax.AbstractSolver

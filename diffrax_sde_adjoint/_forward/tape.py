@@ -330,7 +330,7 @@ def _loop(
     buffers: Callable[[_T], Any],
     length: int | None,
 ) -> _T:
-    """A loop, while `cond_fun` holds or, if it is known, of some length."""
+    """A loop: of some length if this is known, and otherwise while `cond_fun` holds."""
     if length is None:
         return while_loop(cond_fun, body_fun, init_val, buffers=buffers, kind="lax")
     _, val = while_loop(

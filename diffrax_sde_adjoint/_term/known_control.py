@@ -14,10 +14,14 @@ from jaxtyping import PyTree
 
 from .._brownian.path_of_solve import of_whole_steps
 from .._compat import Args, RealScalarLike, Y
-from .base import AbstractForwardingTerm, is_single_term
+from .base import AbstractForwardingTerm, is_single_term, unwrap
 
 
 _with_levy_area = {"use_levy": True}
+_langevin = (
+    diffrax.UnderdampedLangevinDriftTerm,
+    diffrax.UnderdampedLangevinDiffusionTerm,
+)
 
 
 class _KnownControl(AbstractForwardingTerm):
@@ -55,8 +59,12 @@ def evaluate_controls(
     what the solver will ask for.
     """
     leaves = jtu.tree_leaves(terms, is_leaf=is_single_term)
+    # Solvers for these look into the terms.
+    can_be_known = lambda term, x: (
+        not isinstance(unwrap(term), _langevin) and x in ({}, _with_levy_area)
+    )
     return [
-        of_whole_steps(term).contr(t0, t1, **x) if x in ({}, _with_levy_area) else None
+        of_whole_steps(term).contr(t0, t1, **x) if can_be_known(term, x) else None
         for term, x in zip(leaves, _kwargs(solver, len(leaves)), strict=True)
     ]
 

@@ -61,12 +61,14 @@ def terms_of_solve(path, times, direction=1):
         term = diffrax.ControlTerm(
             lambda t, y, args: y, BrownianInterval(t0, t1, (), key, dt=dt)
         )
-        args = (
+        terms, _ = with_paths_of_solve(
             WrapTerm(term, jnp.array(direction)),
-            diffrax.ConstantStepSize(),
+            jnp.array(1.0),
             *times,
+            has_planned_steps=True,
+            goes_to_end=True,
         )
-        found.append(has_steps_on_cells(with_paths_of_solve(*args)[0]))
+        found.append(has_steps_on_cells(terms))
 
     jax.jit(trace)(jr.key(0))
     return found[0]
@@ -155,3 +157,98 @@ def test_wrong_queries_are_not_numbers():
     assert np.all(np.isnan(within.evaluate(0.5, 1.25)))
     for query in ((0.1, 0.35), (0.25, 0.75), (0.5, 0.25), (1.0, 1.25)):
         assert np.all(np.isnan(on_cells.evaluate(*query)))
+
+
+def langevin(key, times, adjoint):
+    shape = jax.ShapeDtypeStruct((2,), jnp.float64)
+    t0, t1, dt = times
+    path = BrownianInterval(
+        t0, t1, shape, key, dt=dt, levy_area=diffrax.SpaceTimeTimeLevyArea
+    )
+    terms = diffrax.MultiTerm(
+        diffrax.UnderdampedLangevinDriftTerm(1.0, 1.0, lambda x, args: args * x),
+        diffrax.UnderdampedLangevinDiffusionTerm(1.0, 1.0, path),
+    )
+    run = lambda args: diffrax.diffeqsolve(
+        terms,
+        diffrax.ALIGN(0.1),
+        t0,
+        t1,
+        dt,
+        (jnp.ones(2), jnp.zeros(2)),
+        args,
+        adjoint=adjoint,
+        max_steps=16,
+    )
+    loss = lambda args: jnp.sum(run(args).ys[0])
+    return jax.value_and_grad(loss)(2.0)
+
+
+def test_langevin():
+    """Its solvers look into the terms."""
+    times = (0.0, 1.0, 0.1)
+    run = eqx.filter_jit(langevin)
+    expected = run(jr.key(0), times, diffrax.RecursiveCheckpointAdjoint())
+    actual = run(jr.key(0), times, StochasticAdjoint())
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+
+
+def test_solve_that_ends_before():
+    """It is allowed that a path does not hold what an event cuts off."""
+    path = lambda key: BrownianInterval(0.0, 1.0, (), key, dt=0.1)
+
+    def run(key, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: -y),
+                diffrax.ControlTerm(lambda t, y, args: 0.3 * y, path(key)),
+            ),
+            reversible_heun,
+            0.0,
+            jnp.inf,
+            0.1,
+            jnp.array(1.0),
+            event=diffrax.Event(lambda t, y, args, **kwargs: t > 0.55),
+            adjoint=adjoint,
+        )
+        assert sol.ys is not None
+        return sol.ys[-1]
+
+    expected = eqx.filter_jit(run)(jr.key(0), diffrax.RecursiveCheckpointAdjoint())
+    actual = eqx.filter_jit(run)(jr.key(0), StochasticAdjoint())
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_element_of_no_length_elsewhere():
+    """Of a batch; a step of no length is evaluated for it."""
+
+    def loss(args, t0):
+        path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=0.1)
+        sol = diffrax.diffeqsolve(
+            diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: -args * y),
+                diffrax.ControlTerm(lambda t, y, args: 0.3 * args * y, path),
+            ),
+            reversible_heun,
+            t0,
+            jnp.where(t0 > 1, t0, 1.0),
+            0.1,
+            jnp.array(1.0),
+            args,
+            adjoint=StochasticAdjoint(),
+        )
+        assert sol.ys is not None
+        return sol.ys[-1]
+
+    of_batch = lambda args, t0: jnp.sum(jax.vmap(loss, (None, 0))(args, t0))
+    gradient = jax.jit(jax.grad(of_batch))
+    actual = gradient(0.7, jnp.array([5.0, 0.0]))
+    np.testing.assert_allclose(actual, gradient(0.7, jnp.array([0.0])), rtol=1e-10)
+
+
+def test_term_may_look_at_the_path():
+    path = PathOfSolve(BrownianInterval(0.0, 1.0, (2,), jr.key(3)), on_cells=False)
+    assert jnp.array_equal(jr.key_data(path.key), jr.key_data(jr.key(3)))
+    assert path.levels == 20
+    with pytest.raises(AttributeError):
+        _ = path.something
