@@ -100,7 +100,7 @@ def callbacks(hlo: str) -> tuple[int, int]:
 
 
 known_length = [cases[x] for x in ("grid, undone", "grid, kept")]
-by_default = ("grid, undone", "off the grid, made again", "adaptive, undone")
+by_default = ("grid, undone", "off the grid, made again")
 
 
 @pytest.mark.filterwarnings("ignore:.*is not made for the steps:UserWarning")

@@ -93,17 +93,23 @@ def test_steps_backwards_are_not_on_cells():
     assert not terms_of_solve((-1.0, 0.0, 0.1), (0.0, 1.0, 0.1), direction=-1)
 
 
+half = diffrax.HalfSolver(diffrax.Euler())
+
+
 @pytest.mark.parametrize(
-    "solver,levy_area",
+    "solver,levy_area,dt",
     (
-        (ReversibleHeun(), diffrax.BrownianIncrement),
-        (diffrax.SPaRK(), diffrax.SpaceTimeLevyArea),
-        (diffrax.HalfSolver(diffrax.Euler()), diffrax.BrownianIncrement),
+        (ReversibleHeun(), diffrax.BrownianIncrement, 0.1),
+        # This does not divide the interval.
+        (ReversibleHeun(), diffrax.BrownianIncrement, 0.15),
+        pytest.param(
+            diffrax.SPaRK(), diffrax.SpaceTimeLevyArea, 0.15, marks=pytest.mark.slow
+        ),
+        pytest.param(half, diffrax.BrownianIncrement, 0.1, marks=pytest.mark.slow),
+        pytest.param(half, diffrax.BrownianIncrement, 0.15, marks=pytest.mark.slow),
     ),
-    ids=("ReversibleHeun", "SPaRK", "HalfSolver"),
+    ids=str,
 )
-# The second does not divide the interval.
-@pytest.mark.parametrize("dt", (0.1, 0.15))
 def test_same_as_traced(solver, levy_area, dt):
     """It does not matter whether times are known when a solve is traced."""
     times = (0.0, 1.0, dt)
@@ -184,6 +190,7 @@ def langevin(key, times, adjoint):
     return jax.value_and_grad(loss)(2.0)
 
 
+@pytest.mark.slow
 def test_langevin():
     """Its solvers look into the terms."""
     times = (0.0, 1.0, 0.1)
@@ -193,6 +200,7 @@ def test_langevin():
     np.testing.assert_allclose(actual, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_solve_that_ends_before():
     """It is allowed that a path does not hold what an event cuts off."""
     path = lambda key: BrownianInterval(0.0, 1.0, (), key, dt=0.1)
@@ -219,6 +227,7 @@ def test_solve_that_ends_before():
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_element_of_no_length_elsewhere():
     """Of a batch; a step of no length is evaluated for it."""
 

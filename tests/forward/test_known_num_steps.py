@@ -172,6 +172,7 @@ def test_gradient(solver, adjoint, num_steps):
         np.testing.assert_allclose(x, y, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_event_ends_a_solve():
     event = diffrax.Event(lambda t, y, args, **kwargs: t > 0.5)
     settings = dict(solver=ReversibleHeun(), num_steps=30, event=event)
@@ -187,6 +188,7 @@ def test_event_ends_a_solve():
         np.testing.assert_allclose(grad, jax.grad(reference)(0.3), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_passed_controller_state():
     """It has the number of steps, and their lengths."""
     adjoint = StochasticAdjoint()
