@@ -253,7 +253,7 @@ def test_neural_sde_score_of_channels_with_gaps(example, tmp_path):
 
 @pytest.mark.slow
 def test_averaged_generator(example):
-    """Its values are means until the next time: here, of straight lines."""
+    """Its values are of all times until the next one: here, means of straight lines."""
     models = example("neural_de")
 
     @eqx.filter_jit
@@ -266,11 +266,16 @@ def test_averaged_generator(example):
             is_averaged=is_averaged,
             sees_time=False,
         )
-        of = lambda x: (x.sde.drift, x.sde.field)
-        drift, field = (models.scaled(x, 0.0) for x in of(model))
+        of = lambda x: (x.sde.drift, x.sde.field, x.sde.readout.weight)
+        drift, field, weight = of(model)
+        drift, field = (models.scaled(x, 0.0) for x in (drift, field))
         bias = lambda x: x.layers[-1].bias
         drift = eqx.tree_at(bias, drift, jnp.linspace(-1, 1, 16, dtype=jnp.float32))
-        return eqx.tree_at(of, model, (drift, field))(3, jr.key(1))[..., 0]
+        weight = jnp.tile(jnp.linspace(1, 2, 16), weight.shape[1] // 16)
+        weight = weight / (2 if is_averaged else 1)
+        model = eqx.tree_at(of, model, (drift, field, weight[None]))
+        model = eqx.tree_at(lambda x: x.sde.readout.bias, model, jnp.zeros(1))
+        return model(3, jr.key(1))[..., 0]
 
     for steps_per_time in (1, 2):
         line, means = (series(steps_per_time, x) for x in (False, True))
