@@ -59,7 +59,7 @@ def make_step(
 
 
 def linearize_step(
-    parameters: Differentiated, *inputs: Any, may_be_rejected: bool = False
+    parameters: Differentiated, *inputs: Any, may_be_rejected: bool = True
 ) -> LinearizedInParameters:
     """`make_step`, traced for inputs as of `inputs_of_step`."""
     _, solver, *_ = inputs
