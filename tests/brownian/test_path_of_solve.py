@@ -99,7 +99,9 @@ half = diffrax.HalfSolver(diffrax.Euler())
 @pytest.mark.parametrize(
     "solver,levy_area,dt",
     (
-        (ReversibleHeun(), diffrax.BrownianIncrement, 0.1),
+        pytest.param(
+            ReversibleHeun(), diffrax.BrownianIncrement, 0.1, marks=pytest.mark.slow
+        ),
         # This does not divide the interval.
         (ReversibleHeun(), diffrax.BrownianIncrement, 0.15),
         pytest.param(
@@ -123,7 +125,7 @@ def test_same_as_traced(solver, levy_area, dt):
     np.testing.assert_allclose(known(jr.key(0)), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("jit", (False, True))
+@pytest.mark.parametrize("jit", (pytest.param(False, marks=pytest.mark.slow), True))
 @pytest.mark.parametrize(
     "times", ((0.0, 1.5, 0.1), (-0.1, 1.0, 0.1), (1.2, 0.2, -0.1)), ids=str
 )

@@ -43,7 +43,9 @@ def known(controller, *times):
     ),
     ids=str,
 )
-@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize(
+    "dtype", (np.float32, pytest.param(np.float64, marks=pytest.mark.slow))
+)
 def test_number(times, dtype):
     times = tuple(map(dtype, times))
     t0, t1, dt0 = map(jnp.asarray, times)
@@ -155,9 +157,8 @@ _cases = [
         *way,
         num_steps,
         id=f"{name}, {num_steps} steps",
-        marks=()
-        if name in ("undone", "kept") and num_steps == 30
-        else pytest.mark.slow,
+        # By default, most gradients of other tests are of such solves.
+        marks=pytest.mark.slow,
     )
     for num_steps in (1, 30, 64, 67)
     for name, way in _ways.items()
