@@ -48,11 +48,6 @@ def may_jump(controller: diffrax.AbstractStepSizeController) -> bool:
     )
 
 
-def may_reject(controller: diffrax.AbstractStepSizeController) -> bool:
-    """Whether a step that was tried may be made again."""
-    return type(controller) not in (diffrax.ConstantStepSize, diffrax.StepTo)
-
-
 def known_num_steps(
     controller: diffrax.AbstractStepSizeController,
     t0: RealScalarLike,

@@ -43,7 +43,6 @@ from .controllers import (
     close_over_controller,
     known_num_steps,
     may_jump,
-    may_reject,
 )
 from .gradient_in_times import distinct, split_times
 from .records import Differentiated, Parameters, Recorded, Start
@@ -197,7 +196,6 @@ def solve(
         args,
         init_state,
         may_have_gaps,
-        may_reject(stepsize_controller),
         num_steps,
         **kwargs,
     )
@@ -273,7 +271,6 @@ def _make_recorder(
     args: Args,
     init_state: State,
     may_have_gaps: bool,
-    may_be_rejected: bool,
     num_steps: int | None,
     *,
     max_steps: int | None,
@@ -283,7 +280,7 @@ def _make_recorder(
     if recording is None or max_steps is None:
         return None
     trace = lambda: LinearizedStep.trace(
-        linearizable(solver), terms, args, init_state, may_have_gaps, may_be_rejected
+        linearizable(solver), terms, args, init_state, may_have_gaps
     )
     linearized_step = trace() if recording.keeps_steps else None
     steps_per_page = recording.steps_per_page

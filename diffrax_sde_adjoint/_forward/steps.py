@@ -58,9 +58,7 @@ def make_step(
     return (y1, dense_info, solver_state1), (y_error, result)
 
 
-def linearize_step(
-    parameters: Differentiated, *inputs: Any, may_be_rejected: bool = True
-) -> LinearizedInParameters:
+def linearize_step(parameters: Differentiated, *inputs: Any) -> LinearizedInParameters:
     """`make_step`, traced for inputs as of `inputs_of_step`."""
     _, solver, *_ = inputs
     is_implicit = has_layer(solver, diffrax.AbstractImplicitSolver)
@@ -69,8 +67,9 @@ def linearize_step(
         of_step,
         *inputs,
         has_aux=True,
-        # The derivative of a root may not be finite where a step is rejected.
-        is_evaluated_again=is_implicit and may_be_rejected,
+        # The derivative of a root may not be finite where a step is rejected; or where
+        # a stage is explicit and has none, which is tried too in a batch.
+        is_evaluated_again=is_implicit,
     )
 
 
@@ -103,7 +102,6 @@ class LinearizedStep(eqx.Module):
         args: Args,
         state: State,
         may_be_jumps: bool,
-        may_be_rejected: bool,
     ) -> "LinearizedStep":
         """Traces a step from `state`."""
         t0, t1 = state.tprev, state.tnext
@@ -115,9 +113,7 @@ class LinearizedStep(eqx.Module):
             evaluate_controls(solver, terms, t0, t1),
             jnp.array(False) if may_be_jumps else False,
         )
-        linearized = linearize_step(
-            _all_of(terms, args, ()), *inputs, may_be_rejected=may_be_rejected
-        )
+        linearized = linearize_step(_all_of(terms, args, ()), *inputs)
         return LinearizedStep(solver, may_be_jumps, linearized.linearized)
 
     def __call__(self, terms, t0, t1, y0, args, solver_state, made_jump):
