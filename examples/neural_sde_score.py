@@ -1,15 +1,16 @@
 """A neural SDE learns to generate series, by a scoring rule.
 
     python examples/neural_sde_score.py
-    python examples/neural_sde_score.py --data ou --steps 8000
-    python examples/neural_sde_score.py --data shares --steps 8000
+    python examples/neural_sde_score.py --data ou --whole 0.125
+    python examples/neural_sde_score.py --data shares --whole 0.125
 
 There is one model, one loss and one optimiser: the loss is the energy score of windows
-of the generated series and of whole ones, which compares them with series of the data,
-and so takes the place of the critic of `sde_gan.py`. The model is solved by reversible
-Heun and differentiated by `StochasticAdjoint`. That a scoring rule can train neural
-SDEs is due to Issa, Horvath, Lemercier and Salvi, "Non-adversarial training of neural
-SDEs with signature kernel scores" (2023), https://arxiv.org/abs/2305.16274.
+of the generated series, and with `--whole` of whole ones, which compares them with
+series of the data, and so takes the place of the critic of `sde_gan.py`. The model is
+solved by reversible Heun and differentiated by `StochasticAdjoint`. That a scoring rule
+can train neural SDEs is due to Issa, Horvath, Lemercier and Salvi, "Non-adversarial
+training of neural SDEs with signature kernel scores" (2023),
+https://arxiv.org/abs/2305.16274.
 
 By default the series are 16 hours of the glucose of one person, every quarter of an
 hour; `--data ou` is a time-dependent Ornstein-Uhlenbeck process, and `--data shares` 64
@@ -39,6 +40,27 @@ float32 = jnp.float32
 Batch = Float[Array, "batch times channels"]
 
 
+class SignatureKernelScore(eqx.Module):
+    """The scoring rule of Issa et al. 2023: of the kernel of signatures of series with
+    time, lifted by `exp(-|x - y|^2 / sigma)`. It is called as `WindowedEnergyScore` is.
+    """
+
+    sigma: float
+
+    def __call__(self, x: Batch, y: Batch, key: PRNGKeyArray, mask: PyTree):
+        from pysiglib import jax_api  # Optional, and it needs torch.
+
+        def gram(a, b):
+            kernel = jax_api.RBFKernel(self.sigma)
+            return jax_api.sig_kernel_gram(
+                a, b, dyadic_order=0, static_kernel=kernel, time_aug=True
+            )
+
+        within, num = gram(y, y), len(y)
+        within = (jnp.sum(within) - jnp.trace(within)) / (num * (num - 1))
+        return within - 2 * jnp.mean(gram(x, y))
+
+
 class State(NamedTuple):
     """Of the training."""
 
@@ -58,7 +80,7 @@ def train_step(
     mask: Bool[Array, "batch times channels"] | None,
     key: PRNGKeyArray,
     num: int,
-    score: WindowedEnergyScore,
+    score: WindowedEnergyScore | SignatureKernelScore,
     optimiser: optax.GradientTransformation,
 ) -> tuple[State, Float[Array, ""]]:
     """One step of the optimiser, with `num` generated series."""
@@ -77,14 +99,15 @@ def main(
     data: Name = "glucose",
     window: int = 8,
     windows: int = 16,
-    whole: float = 0.125,
+    whole: float = 0.0,
+    signature_kernel: float | None = None,
     missing: float = 0.0,
     averaged: bool | None = None,
     sees_time: bool | None = None,
     steps_per_time: int = 1,
     size: int = 16,
     width: int = 16,
-    steps: int = 16000,
+    steps: int = 8000,
     batch: int = 256,
     generated: int = 128,
     learning_rate: float = 2e-3,
@@ -102,6 +125,9 @@ def main(
         window: the times of a window.
         windows: those of each step of the optimiser; none, if it is 0.
         whole: the weight of the score of whole series.
+        signature_kernel: `sigma` of the kernel `exp(-|x - y|^2 / sigma)` that is lifted
+            to signatures, for the signature kernel score in place of the energy score.
+            It needs pysiglib (https://pypi.org/project/pysiglib/).
         missing: the share of values that are not seen in each of the training series.
         averaged: whether each value is of all that is generated until the next one. By
             default, for glucose, which is measured so.
@@ -120,6 +146,8 @@ def main(
         out: where the figures and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
+    if signature_kernel is not None and missing > 0:
+        raise ValueError("`signature_kernel` takes no series with `missing` values.")
     settings = dict(locals())
     for name in ("out", "resume", "held_out", "metric_steps", "samples"):
         del settings[name]
@@ -131,9 +159,12 @@ def main(
     if missing > 0:
         rng = np.random.default_rng((seed, 4))
         is_seen = jnp.asarray(rng.uniform(size=series.shape) >= missing)
-    score = WindowedEnergyScore(
-        series, is_seen, window=window, num_windows=windows, weight_of_whole=whole
-    )
+    if signature_kernel is not None:
+        score = SignatureKernelScore(signature_kernel)
+    else:
+        score = WindowedEnergyScore(
+            series, is_seen, window=window, num_windows=windows, weight_of_whole=whole
+        )
     optimiser = make_optimiser(learning_rate, steps)
 
     @eqx.filter_jit
