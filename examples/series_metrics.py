@@ -200,6 +200,24 @@ def classification_accuracy(
     return float(np.mean(is_right))
 
 
+def label_accuracy(
+    train: tuple[Series, np.ndarray],
+    test: tuple[Series, np.ndarray],
+    steps: int,
+    seed: int,
+) -> float:
+    """How often a classifier that was trained on series of `train` and their labels,
+    which are whole numbers from zero on, finds the label of a series of `test`.
+    """
+    (series, label), (other, other_label) = train, test
+    inputs = lambda x: _with_changes(x, other)
+    target = jax.nn.one_hot(label, max(label) + 1, dtype=float32)
+    loss = optax.softmax_cross_entropy
+    reader = _fit(loss, inputs(series), target, steps, jr.key(seed))
+    found = np.argmax(_read(reader, inputs(other)), axis=-1)
+    return float(np.mean(found == other_label))
+
+
 def prediction_loss(train: Series, test: Series, steps: int, seed: int) -> float:
     """The mean squared error of predictions of the last fifth of `test` from what is
     before, by a network that was trained on `train`.

@@ -64,7 +64,7 @@ def test_latent_sde(example, tmp_path):
 def test_latent_sde_mocap(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
     count = lambda model: sum(x.size for x in jax.tree.leaves(model) if eqx.is_array(x))
-    assert count(eqx.filter_jit(mocap.LatentSDE)(jr.key(0))) == 11_605
+    assert count(eqx.filter_jit(mocap.LatentSDE)(3, jr.key(0))) == 11_605
 
     rng = np.random.default_rng(0)
     phase = rng.uniform(0, 2 * np.pi, (11, 1, mocap.ANGLES))
@@ -84,20 +84,70 @@ def test_latent_sde_mocap(example, tmp_path, monkeypatch):
         mocap.main(recipe._replace(warp=0.1), **settings, resume=True)
 
 
+@pytest.mark.slow
+def test_latent_ode_mocap_in_the_second_set_up(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, (7, 1, mocap.ANGLES))
+    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    split = dict(train=walks[:4].copy(), test=walks[4:])
+    split["train"][:, 30:] = np.nan  # hidden in training
+    monkeypatch.setattr(mocap, "load", lambda path: split)
+    small = dict(given=10, known=30, windows=((60, 16),))
+    recipe = mocap.SECOND._replace(kind="ode", **small)
+    scores = mocap.main(recipe, data=tmp_path, held_out="test", out=tmp_path)
+    assert scores["loss: last 10 steps"] < scores["loss: first 10 steps"] - 0.1
+    assert np.isfinite(scores["MSE"])
+    assert 0 < scores["standard deviation of samples"]
+    assert (tmp_path / "latent_sde_mocap.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_mocap_by_energy_scores(example, tmp_path, monkeypatch):
+    mocap = example("latent_sde_mocap")
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, (7, 1, mocap.ANGLES))
+    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    monkeypatch.setattr(
+        mocap, "load", lambda path: dict(train=walks[:4], test=walks[4:])
+    )
+    recipe = mocap.ENERGY._replace(windows=((60, 20),))
+    scores = mocap.main(recipe, data=tmp_path, held_out="test", out=tmp_path)
+    assert scores["loss: last 10 steps"] < 0.9 * scores["loss: first 10 steps"]
+    assert scores["standard deviation of samples"] > 0
+    assert scores["standard deviation of observations"] == pytest.approx(
+        scores["standard deviation of samples"], rel=1e-5
+    )
+
+
 def test_cross_validation(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
     level = np.arange(8, dtype=np.float32)
     walks = np.broadcast_to(level[:, None, None], (8, 20, mocap.ANGLES))
     monkeypatch.setattr(mocap, "load", lambda path: dict(train=walks))
-    # A model that predicts the mean of what it was trained on.
+    # A model that predicts the mean of what it was trained on, and one more or less
+    # by its seed.
     monkeypatch.setattr(
-        mocap, "train_model", lambda x, *_: (x.mean(axis=0), np.ones(2))
+        mocap,
+        "train_model",
+        lambda x, recipe, key, settings, *_: (
+            x.mean() + (1 if settings["name"].startswith("seed_0") else -1),
+            np.ones(2),
+        ),
     )
-    predict = lambda model, x, *_: np.broadcast_to(model, (mocap.SAMPLES, *x.shape))
+
+    def predict(model, given, num_frames, *_):
+        shape = (mocap.SAMPLES, len(given), num_frames, mocap.ANGLES)
+        return np.broadcast_to(model, shape), np.zeros(shape)
+
     monkeypatch.setattr(mocap, "predict", predict)
-    scores = mocap.main(data=tmp_path, out=tmp_path)
+    scores = mocap.main(data=tmp_path, out=tmp_path, seeds=(0, 1))
     seen = [level[level % 4 != i % 4].mean() for i in range(8)]
-    assert scores["MSE"] == pytest.approx(np.mean((level - seen) ** 2))
+    of_mean = np.mean((level - seen) ** 2)
+    assert scores["MSE"] == pytest.approx(of_mean + 1)
+    assert scores["MSE of means of samples"] == pytest.approx(of_mean + 1)
+    assert scores["MSE of the mean of seeds"] == pytest.approx(of_mean)
+    assert scores["standard deviation of observations"] == pytest.approx(1)
+    inside = np.abs(level - seen + 1) < 1.96
+    assert scores["data in 95% bands"] == pytest.approx(np.mean(inside))
 
 
 @pytest.mark.slow
@@ -249,6 +299,22 @@ def test_neural_sde_score_of_channels_with_gaps(example, tmp_path):
     )
     assert all(map(np.isfinite, scores.values()))
     assert (tmp_path / "shares_1.png").stat().st_size > 10_000
+
+
+@pytest.mark.parity
+def test_neural_sde_score_by_signature_kernels(example, tmp_path):
+    scores = example("neural_sde_score").main(
+        data="ou",
+        signature_kernel=12.0,
+        learning_rate=1e-2,
+        steps=30,
+        batch=16,
+        generated=16,
+        metric_steps=2,
+        samples=100,
+        out=tmp_path,
+    )
+    assert scores["loss: last 10 steps"] < -10  # That of a constant is -1.
 
 
 @pytest.mark.slow
@@ -510,6 +576,11 @@ def test_series_metrics(example):
     assert 0.4 < alike < 0.6
     differ = (x[:300], y[:300] + drifting), (x[300:], y[300:] + drifting)
     assert metrics.classification_accuracy(*differ, 60, 0) > 0.8
+    label = np.repeat([0, 1], 300)
+    labelled = lambda x, slope: (x + slope * label[:, None, None] * drifting, label)
+    found = lambda *both: metrics.label_accuracy(*both, 60, 0)
+    assert 0.4 < found(labelled(x, 0), labelled(y, 0)) < 0.6
+    assert found(labelled(x, 1), labelled(y, 1)) > 0.8
     # What comes next is learned from series that also drift, not from others.
     loss = lambda train: metrics.prediction_loss(train, z + drifting, 150, 0)
     assert loss(x + drifting) < 0.8 * loss(x - drifting)
@@ -518,3 +589,107 @@ def test_series_metrics(example):
     assert np.allclose(other.mean(axis=0), x.mean(axis=0), atol=0.5)
     spread = np.diff(other, axis=1).std(axis=0)
     assert np.allclose(spread, np.diff(x, axis=1).std(axis=0), rtol=0.1)
+
+
+def air_days(rng, num):
+    """Days of sines whose phase depends on the station, and a random walk on them."""
+    station = np.arange(num) % 12
+    phase = 0.5 * station[:, None] + 2 * np.pi * np.arange(24) / 24
+    wave = np.stack([np.sin(phase), np.cos(phase)], axis=-1)
+    walk = 0.2 * np.cumsum(rng.normal(size=wave.shape), axis=1)
+    return (wave + walk).astype(np.float32), station
+
+
+@pytest.mark.slow
+def test_latent_sde_air(example, tmp_path, monkeypatch):
+    air = example("latent_sde_air")
+    rng = np.random.default_rng(0)
+    parts = {name: air.Days(*air_days(rng, 60)) for name in ("train", "test")}
+    monkeypatch.setattr(air, "load", lambda folder: parts)
+    # These have tests of their own.
+    for name in ("classification_accuracy", "label_accuracy", "prediction_loss"):
+        monkeypatch.setattr(air, name, lambda *_: 0.5)
+    monkeypatch.setattr(air, "reconstruct", lambda _, values, *__: values)
+    settings = dict(data=tmp_path, out=tmp_path)
+    scores = air.main(
+        **settings, hours=12, missing=0.3, steps=40, batch=16, samples=20, timed=0
+    )
+    assert all(map(np.isfinite, scores.values()))
+    assert scores["loss: last 10 steps"] < 0.5 * scores["loss: first 10 steps"]
+    errors = (
+        scores[f"error of hidden hours: {x}"] for x in ("posterior", "interpolation")
+    )
+    assert len(set(errors)) == 1
+    assert (tmp_path / "latent_sde_air.png").stat().st_size > 10_000
+    assert (tmp_path / "train_40.eqx").exists()
+    with pytest.raises(ValueError, match="`hours` is a divisor of 24, but is 5"):
+        air.main(**settings, hours=5)
+    with pytest.raises(ValueError, match="`missing` is a share"):
+        air.main(**settings, missing=1.0)
+
+
+@pytest.mark.slow
+def test_gradients_by_the_backward_sde_for_air(example):
+    """They are nearly those of steps that are made again."""
+    air = example("latent_sde_air")
+    values, station = map(jnp.asarray, air_days(np.random.default_rng(0), 2))
+    model = eqx.filter_jit(air.LatentSDE)(jr.key(0))
+    data = values, jnp.ones_like(values), air.one_hot(station)
+
+    @eqx.filter_jit
+    def grad_of(method):
+        args = (*data, 1.0, method, 2, jr.key(1))
+        grads = eqx.filter_grad(air.loss_fn)(model, *args)
+        grads = jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
+        return grads / jnp.linalg.norm(grads)
+
+    assert jnp.vdot(grad_of("midpoint"), grad_of("heun")) > 0.99
+
+
+@pytest.mark.slow
+def test_hidden_hours_of_air(example):
+    air = example("latent_sde_air")
+    values, station = map(jnp.asarray, air_days(np.random.default_rng(0), 3))
+    model = eqx.filter_jit(air.LatentSDE)(jr.key(0))
+    of = lambda values, is_seen: air.reconstruct(
+        model, values, is_seen, station, "reversible-heun", 2, jr.key(0)
+    )
+    is_seen = jnp.ones_like(values).at[:, 5:9].set(0)
+    mean = of(values, is_seen)
+    assert mean.shape == (3, 24, 2) and jnp.all(jnp.isfinite(mean))
+
+
+def test_days_of_air_are_split_by_time(example):
+    split = example("latent_sde_air").split
+    hours = np.arange(24.0 * 28 * 20).reshape(-1, 1)
+    hours[24 * 3 + 5] = np.nan
+    parts = {name: x[:, 0, 0] // 24 for name, x in split(hours).items()}
+    days = np.concatenate(list(parts.values()))
+    assert len(set(days)) == len(days) == 27 * 20 - 1 and 3 not in days
+    assert np.all(days % 28 > 0)
+    blocks = {name: set(x // 28 % 10) for name, x in parts.items()}
+    assert blocks["validation"] == {4} and blocks["test"] == {2, 7}
+    assert blocks["train"] == {0, 1, 3, 5, 6, 8, 9}
+
+
+def test_hidden_hours_are_interpolated(example):
+    air = example("latent_sde_air")
+    values = np.arange(48, dtype=np.float32).reshape(1, 24, 2)
+    is_seen = np.ones_like(values)
+    is_seen[0, 3:7] = 0
+    hidden = np.where(is_seen > 0, values, np.nan)
+    assert np.allclose(air.interpolate(hidden, is_seen), values)
+    is_seen[0, 20:] = 0
+    hidden = np.where(is_seen > 0, values, np.nan)
+    assert np.allclose(air.interpolate(hidden, is_seen)[0, 20:], values[0, 19])
+    assert np.all(air.hide(100, 0.99, (0, 0)).sum(axis=1) >= 1)
+    is_seen = air.hide(2000, 0.3, (0, 0))
+    assert np.array_equal(is_seen[..., 0], is_seen[..., 1])
+    assert abs(np.mean(is_seen) - 0.7) < 4.5 * (0.21 / 48_000) ** 0.5
+
+
+def test_data_of_air_are_checked(example, tmp_path):
+    path = tmp_path / "PRSA_Data_Aotizhongxin_20130301-20170228.csv"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=f"`data`: .*{path.name} is not the file"):
+        example("latent_sde_air").load(tmp_path)
