@@ -209,12 +209,11 @@ def test_draws_differ():
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
-# By default a few, which are quick to compile and differ in much: ours without noise,
-# with `StepTo` and snapshots, and with jumps, in float32, over two axes of a batch.
+# By default one, which is quick to compile: ours without noise, with `StepTo`.
 @pytest.mark.parametrize(
     "seed",
     (
-        *by_default_unless(lambda seed: seed not in (31, 32), range(40)),
+        *by_default_unless(lambda seed: seed != 31, range(40)),
         *(pytest.param(seed, marks=pytest.mark.long) for seed in range(40, 200)),
     ),
 )

@@ -138,6 +138,7 @@ def test_vector_field_without_derivative():
     assert relative_error(value(weight, StochasticAdjoint()), expected[0]) < 1e-12
 
 
+@pytest.mark.slow
 def test_batch_of_implicit_steps():
     """Whose first stage is explicit: no linear system is solved for it, of which there
     are only zeros.

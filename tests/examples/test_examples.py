@@ -431,6 +431,7 @@ def test_series(example):
         assert np.all(np.abs(start.std(axis=0) - 1) < 1e-4)
 
 
+@pytest.mark.slow
 def test_a_clipped_critic_is_lipschitz(example, monkeypatch):
     """Its networks are, and so the critic never magnifies the distance of two paths by
     more than what follows step by step.
