@@ -60,6 +60,12 @@ def test_latent_sde(example, tmp_path):
     assert (tmp_path / "train_30.eqx").exists()
 
 
+def sines(num, angles):
+    """Forty frames of angles that each have a phase of their own."""
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, (num, 1, angles))
+    return 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+
+
 @pytest.mark.slow
 def test_latent_sde_mocap(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
@@ -68,9 +74,7 @@ def test_latent_sde_mocap(example, tmp_path, monkeypatch):
     assert sum(x.size for x in jax.tree.leaves(arrays)) == 11_605
     monkeypatch.setattr(mocap, "SAMPLES", 8)
 
-    rng = np.random.default_rng(0)
-    phase = rng.uniform(0, 2 * np.pi, (11, 1, mocap.ANGLES))
-    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    walks = sines(11, mocap.ANGLES)
     split = dict(train=walks[:4], validation=walks[4:7], test=walks[7:])
     monkeypatch.setattr(mocap, "load", lambda path: split)
     settings = dict(data=tmp_path, held_out="test", out=tmp_path)
@@ -89,8 +93,7 @@ def test_latent_sde_mocap(example, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_latent_ode_mocap_in_the_second_set_up(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
-    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, (7, 1, mocap.ANGLES))
-    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    walks = sines(7, mocap.ANGLES)
     split = dict(train=walks[:4].copy(), test=walks[4:])
     split["train"][:, 30:] = np.nan  # hidden in training
     monkeypatch.setattr(mocap, "load", lambda path: split)
@@ -106,8 +109,7 @@ def test_latent_ode_mocap_in_the_second_set_up(example, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_mocap_by_energy_scores(example, tmp_path, monkeypatch):
     mocap = example("latent_sde_mocap")
-    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, (7, 1, mocap.ANGLES))
-    walks = 6 * np.sin(0.3 * np.arange(40)[:, None] + phase).astype(np.float32)
+    walks = sines(7, mocap.ANGLES)
     monkeypatch.setattr(
         mocap, "load", lambda path: dict(train=walks[:4], test=walks[4:])
     )
@@ -317,6 +319,13 @@ def test_neural_sde_score_by_signature_kernels(example, tmp_path):
         out=tmp_path,
     )
     assert scores["loss: last 10 steps"] < -10  # That of a constant is -1.
+
+
+def test_signature_kernels_need_all_values(example, tmp_path):
+    with pytest.raises(ValueError, match="`signature_kernel` takes no series with"):
+        example("neural_sde_score").main(
+            signature_kernel=12.0, missing=0.3, out=tmp_path
+        )
 
 
 @pytest.mark.slow
