@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from devices import is_first_process, say
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from tqdm import tqdm
@@ -40,9 +41,10 @@ def train(
 ) -> tuple[State, Float[np.ndarray, " steps"]]:
     """Takes `steps` steps, and saves the state after each quarter of them.
 
-    `step` maps a state and the number of the step to the next state and the loss. It
-    makes its random numbers from that number, so a resumed run makes the same draws.
-    Returns the last state, and the losses of all steps.
+    `step` maps a state and the number of the step to the next state and the loss, as
+    one of `devices.make_step` does. It makes its random numbers from that number, so a
+    resumed run makes the same draws, on any number of devices. Returns the last state,
+    on one device, and the losses of all steps.
     """
     done, losses = 0, []
     if resume is not None:
@@ -52,7 +54,13 @@ def train(
                 raise ValueError(f"`resume`: {resume} is of a run with {saved}.")
             state = eqx.tree_deserialise_leaves(file, state)
 
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc=name)
+    progress = tqdm(
+        range(done, steps),
+        initial=done,
+        total=steps,
+        desc=name,
+        disable=not is_first_process(),
+    )
     for i in progress:
         state, loss = step(state, i)
         losses.append(loss)
@@ -60,7 +68,7 @@ def train(
             if not np.isfinite(loss).all():
                 raise FloatingPointError(f"The loss at step {i} is {np.asarray(loss)}.")
             progress.set_postfix(loss=f"{np.mean(loss):.3f}")
-        if 4 * (i + 1) // steps > 4 * i // steps:
+        if 4 * (i + 1) // steps > 4 * i // steps and is_first_process():
             path = out / f"{name}_{i + 1}.eqx"
             with path.with_suffix(".part").open("wb") as file:
                 header = json.dumps(
@@ -69,7 +77,8 @@ def train(
                 file.write(header.encode() + b"\n")
                 eqx.tree_serialise_leaves(file, state)
             path.with_suffix(".part").rename(path)
-    return state, np.array(losses, np.float64)
+    to_one = lambda x: jnp.asarray(np.asarray(x)) if eqx.is_array(x) else x
+    return jax.tree.map(to_one, state), np.array(losses, np.float64)
 
 
 def last_checkpoint(out: Path, name: str) -> Path | None:
@@ -87,7 +96,7 @@ def report(scores: dict[str, Any]) -> dict[str, float]:
     """Prints them, and returns them as plain numbers."""
     width = max(map(len, scores))
     for name, value in scores.items():
-        print(f"{name:{width}s}{float(value):12.4f}")
+        say(f"{name:{width}s}{float(value):12.4f}")
     return {name: float(value) for name, value in scores.items()}
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 import tyro
 from common import coordinatewise, loss_scores, normal_kl, report, train, update
+from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
 from diffrax import (
     ControlTerm,
     LinearInterpolation,
@@ -188,6 +189,7 @@ def solve(
     context: Float[Array, "time batch context"] | None,
     hours: int,
     key: PRNGKeyArray,
+    rows: Rows = None,
 ) -> PyTree[Float[Array, "time batch ..."]]:
     """Latent paths at the times of readings: of the posterior, with their divergence
     from the prior, from a pair of both; or if there is no context, of the prior.
@@ -207,7 +209,7 @@ def solve(
         hour, context, key = inputs
         z = y if context is None else y[0]
         struct = jax.ShapeDtypeStruct(z.shape, z.dtype)
-        path = BrownianInterval(0.0, SEGMENT, struct, key, dt=DT0)
+        path = BrownianInterval(0.0, SEGMENT, struct, key, dt=DT0, rows=rows)
         terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
         if context is not None:
             context = LinearInterpolation(ts, context)
@@ -232,26 +234,28 @@ def solve(
     return jax.tree.map(with_start, y0, ys)
 
 
-def posterior(model: LatentSDE, series: Series, hour, key: PRNGKeyArray):
+def posterior(
+    model: LatentSDE, series: Series, hour, key: PRNGKeyArray, rows: Rows = None
+):
     """Latent paths given the readings, and their divergence from the prior."""
     z_key, path_key = jr.split(key)
     num_readings = series.level.shape[1]
     hours = hour[:, None] + jnp.arange(num_readings, dtype=float32) / PER_HOUR
     context, mean, log_scale = model.encode(series, clock_at(hours))
     prior_mean, prior_log_scale = model.prior_at(clock_at(hour))
-    z0 = mean + jnp.exp(log_scale) * jr.normal(z_key, mean.shape, float32)
+    z0 = mean + jnp.exp(log_scale) * normal(z_key, mean.shape, rows)
     kl0 = normal_kl(mean, log_scale, prior_mean, prior_log_scale)
     num_hours = (num_readings - 1) // PER_HOUR
-    zs, kls = solve(model.dynamics, (z0, kl0), hour, context, num_hours, path_key)
+    y0 = (z0, kl0)
+    zs, kls = solve(model.dynamics, y0, hour, context, num_hours, path_key, rows)
     return zs, kls[-1]
 
 
-def elbo(model: LatentSDE, series: Series, zs, kl, kl_weight):
-    """The evidence lower bound of latent paths, in nats a reading."""
+def elbo(model: LatentSDE, series: Series, zs, kl, kl_weight=1.0):
+    """The evidence lower bound of latent paths, in nats."""
     error = (series.level - model.read(zs).T) / jnp.exp(model.log_noise)
     log_prob = -0.5 * error**2 - model.log_noise - 0.5 * jnp.log(2 * jnp.pi)
-    total = jnp.sum(log_prob * series.seen) - kl_weight * jnp.sum(kl)
-    return total / jnp.sum(series.seen)
+    return jnp.sum(log_prob * series.seen) - kl_weight * jnp.sum(kl)
 
 
 def observe(model: LatentSDE, zs: Float[Array, "time batch dim"], key: PRNGKeyArray):
@@ -263,7 +267,7 @@ def observe(model: LatentSDE, zs: Float[Array, "time batch dim"], key: PRNGKeyAr
 @eqx.filter_jit
 def forecast(model: LatentSDE, past: Series, hour, key: PRNGKeyArray):
     """A sample of the readings of each window, without noise, and of those after it;
-    and the evidence lower bound.
+    and the evidence lower bound, in nats a reading.
 
     Without readings, the posterior drift is the prior's: the solve goes on with that.
     """
@@ -272,7 +276,7 @@ def forecast(model: LatentSDE, past: Series, hour, key: PRNGKeyArray):
     future = solve(model.dynamics, zs[-1], hour + WINDOW, None, HORIZON, future_key)
     fitted = jnp.swapaxes(model.read(zs), 0, 1)
     ahead = observe(model, future[1:], noise_key)
-    return fitted, ahead, elbo(model, past, zs, kl, 1.0)
+    return fitted, ahead, elbo(model, past, zs, kl) / jnp.sum(past.seen)
 
 
 @eqx.filter_jit
@@ -291,21 +295,24 @@ def adam(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-@eqx.filter_jit
-def train_step(state, series: Series, starts, step, steps, batch, key):
-    """Increases the evidence lower bound of windows from some of `starts`."""
-    start_key, path_key = jr.split(jr.fold_in(key, step))
+def train_step(state, data, i, rows: Rows, steps: int, batch: int):
+    """Increases the evidence lower bound of some windows, in nats a reading."""
+    series, starts, key = data
+    start_key, path_key = jr.split(jr.fold_in(key, i))
     start = jr.choice(start_key, starts, (batch,))
-    window = series.windows(start, WINDOW)
+    windows = series.windows(start, WINDOW)
+    num_readings = jnp.sum(windows.seen)
     hour = (start % DAY).astype(float32) / PER_HOUR
-    kl_weight = jnp.minimum(1.0, (step.astype(float32) + 1) / (0.15 * steps))
+    kl_weight = jnp.minimum(1.0, (i.astype(float32) + 1) / (0.15 * steps))
+    windows, hour = take((windows, hour), rows)
 
     def loss(model):
-        zs, kl = posterior(model, window, hour, path_key)
-        return -elbo(model, window, zs, kl, kl_weight)
+        zs, kl = posterior(model, windows, hour, path_key, rows)
+        return -elbo(model, windows, zs, kl, kl_weight) / num_readings
 
     model, opt_state = state
-    value, grads = eqx.filter_value_and_grad(loss)(model)
+    out = eqx.filter_value_and_grad(loss)(model)
+    value, grads = sum_of_devices(out, rows)
     return update(adam(steps), model, opt_state, grads), value
 
 
@@ -316,6 +323,7 @@ def main(
     dim: int = 6,
     width: int = 64,
     samples: int = 64,
+    devices: int = 1,
     seed: int = 0,
     held_out: Literal["test", "validation"] = "test",
     out: Path = Path("latent_sde"),
@@ -325,6 +333,7 @@ def main(
 
     Args:
         samples: of each forecast.
+        devices: that share each batch.
         held_out: the days to score on. "validation" is for choosing settings, and
             trains on fewer days.
         out: where the figure and the checkpoints go.
@@ -352,14 +361,13 @@ def main(
     covered = np.convolve(seen, np.ones(length + 1), "valid")[starts] > length / 2
     model_key, train_key, forecast_key, prior_key = jr.split(jr.key(seed), 4)
     model = eqx.filter_jit(LatentSDE)(dim, width, key=model_key)
-    starts = jnp.asarray(starts[covered])
+    data = (series, jnp.asarray(starts[covered]), train_key)
     state = (model, adam(steps).init(eqx.filter(model, eqx.is_inexact_array)))
-    step = lambda state, i: train_step(
-        state, series, starts, jnp.asarray(i), steps, batch, train_key
-    )
-    (model, _), losses = train(step, state, steps, settings, out, resume)
+    step = make_step(train_step, data, batch, devices)
+    one_step = lambda state, i: step(state, i, steps, batch)
+    (model, _), losses = train(one_step, state, steps, settings, out, resume)
 
-    print(f"Evaluating on {(end - split) // DAY} held-out days ({held_out}).")
+    say(f"Evaluating on {(end - split) // DAY} held-out days ({held_out}).")
     scores = loss_scores(losses)
 
     # A forecast from every full hour of the held-out days at which there is a reading.
@@ -395,7 +403,7 @@ def main(
     scores = report(scores)
 
     plot(out / "latent_sde.png", glucose, origins, fitted, ahead, days, prior, errors)
-    print(f"Figure and checkpoints are in {out}/.")
+    say(f"Figure and checkpoints are in {out}/.")
     return scores
 
 
@@ -454,8 +462,7 @@ def plot(path: Path, glucose, origins, fitted, ahead, days, prior, errors):
     axes[1, 2].set(title="Error of held-out forecasts", xlabel="hours ahead")
     axes[1, 2].set(ylabel="CRPS, mg/dL (lower is better)", ylim=(0, None))
     axes[1, 2].legend(title="mean over horizons", loc="lower right", frameon=False)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

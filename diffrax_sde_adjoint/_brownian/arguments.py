@@ -11,10 +11,11 @@ import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Key, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray, PyTree, Real
 
 from .._compat import RealScalarLike
 from .._misc import error_if
+from .draws import Rows
 
 
 # A time within this many units of rounding of an edge, or of a point that halving a
@@ -134,6 +135,49 @@ def check_shape(shape: Any) -> PyTree[jax.ShapeDtypeStruct]:
                 f"has a leaf of dtype {x.dtype}."
             )
     return shape
+
+
+def check_rows(
+    rows: tuple[int | Int[Array, ""], int], leaves: list[jax.ShapeDtypeStruct]
+) -> Rows:
+    """`rows` of arrays with the shapes of `leaves`."""
+    if not isinstance(rows, tuple) or len(rows) != 2:
+        raise ValueError(
+            "`BrownianInterval(rows=...)` must be a pair `(first, total)`, but is "
+            f"{rows}."
+        )
+    first, total = rows
+    if not hasattr(total, "__index__"):
+        raise ValueError(
+            "`BrownianInterval(rows=(first, total))` must have an integer `total` that "
+            f"is no JAX array, but has {total}."
+        )
+    if not jnp.issubdtype(jnp.result_type(first), jnp.integer) or jnp.ndim(first) != 0:
+        raise ValueError(
+            "`BrownianInterval(rows=(first, total))` must have an integer `first`, but "
+            f"has {first}."
+        )
+    if len({x.shape[:1] for x in leaves}) > 1 or leaves[0].shape == ():
+        raise ValueError(
+            "`BrownianInterval(rows=...)` needs a `shape` whose arrays all have the "
+            "same number of rows, along the first axis."
+        )
+    if not jax.config.jax_threefry_partitionable:
+        raise ValueError(
+            "`BrownianInterval(rows=...)` needs JAX's option "
+            "`jax_threefry_partitionable`, which is on by default."
+        )
+    with jax.ensure_compile_time_eval():
+        first = jnp.asarray(first, jnp.int32)
+    total = operator.index(total)
+    rows = Rows(first, total)
+    is_within = rows.hold(leaves[0].shape[0])
+    if not isinstance(is_within, jax.core.Tracer) and not is_within:
+        raise ValueError(
+            f"`BrownianInterval(rows=({first}, {total}))`: `first` and the rows after "
+            "it, as many as `shape` has, are not among those of the batch."
+        )
+    return rows
 
 
 def check_key(key: PRNGKeyArray) -> Key[Array, ""]:

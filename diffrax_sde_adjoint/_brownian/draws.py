@@ -3,20 +3,24 @@
 Each evaluation of JAX's hash function makes 64 random bits. `jax.random.normal` folds
 them into 32 for a number in single precision; here they are two numbers. As hashing is
 most of the cost of a number on a CPU, they take 0.5-0.7 times as long for large arrays.
-Double precision and complex numbers are those of `jax.random.normal`. Half precision is
-drawn in single: few bits have a bias, which adds up over many cells.
+Numbers in double precision are those of `jax.random.normal`. Half precision is drawn in
+single: few bits have a bias, which adds up over many cells.
+
+Some rows of arrays are drawn alone, and are those of whole arrays: each hash is of the
+key and of a number that counts them.
 """
 
 import math
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Inexact, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Inexact, Int, Key, PyTree, UInt, UInt32
 
 from .._misc import zeros_like
 
@@ -33,16 +37,32 @@ _max_parts = 6
 _large = 2**15
 
 
-def draw(key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+class Rows(eqx.Module):
+    """Where the rows of arrays are, along their second axis, in arrays of a `total`."""
+
+    first: Int[Array, ""]
+    total: int = eqx.field(static=True)
+
+    def hold(self, num: int) -> Bool[Array, ""]:
+        """Whether there are `num` rows from the first on."""
+        with jax.ensure_compile_time_eval():
+            return (self.first >= 0) & (self.first <= self.total - num)
+
+
+def draw(
+    key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct], rows: Rows | None
+) -> PyTree[Array]:
     """Independent standard normal numbers, in at least single precision."""
-    return _numbers(_hash(key, like), like)
+    return _numbers(_hash(key, like, rows), like)
 
 
-def _hash(key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct]) -> list[Array]:
+def _hash(
+    key: Key[Array, ""], like: PyTree[jax.ShapeDtypeStruct], rows: Rows | None
+) -> list[Array]:
     leaves = jtu.tree_leaves(like)
     # A path with one leaf, by far the most common, is spared the cost of a split.
     keys = [key] if len(leaves) == 1 else jr.split(key, len(leaves))
-    return list(map(_hash_leaf, keys, leaves))
+    return [_hash_leaf(k, x, rows) for k, x in zip(keys, leaves, strict=True)]
 
 
 def _numbers(hashed: list[Array], like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
@@ -54,6 +74,7 @@ def combine(
     keys: list[Key[Array, " keys"]],
     coefs: list[list[Float[Array, "keys num"]]],
     like: PyTree[jax.ShapeDtypeStruct],
+    rows: Rows | None,
     is_rare: bool,
 ) -> list[PyTree[Array]]:
     """The components, stacked as in `like`, with the given coefficients of the numbers
@@ -62,7 +83,7 @@ def combine(
     What `is_rare` is kept from slowing down what is around it.
     """
     stacked = [jnp.stack(x, axis=1) for x in coefs]
-    hash_all = jax.vmap(lambda key: _hash(key, like))
+    hash_all = jax.vmap(lambda key: _hash(key, like, rows))
     all_numbers = jax.vmap(lambda hashed: _numbers(hashed, like))
     sizes = [x.size * x.dtype.itemsize for x in jtu.tree_leaves(like)]
     size = max([1, *sizes])
@@ -134,31 +155,77 @@ def _sum_of_products(
 
 
 def _hash_leaf(
-    key: Key[Array, ""], like: jax.ShapeDtypeStruct
-) -> Key[Array, ""] | UInt32[Array, "blocks 2"]:
-    """The first step of a draw: random bits, or the key if JAX makes the numbers."""
-    if not _is_at_most_single(like.dtype):
-        return key
+    key: Key[Array, ""], like: jax.ShapeDtypeStruct, rows: Rows | None
+) -> UInt32[Array, "..."]:
+    """The first step of a draw: random bits, words of 32 along the last axis."""
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        parts = [_hash_leaf(k, _real(like), rows) for k in jr.split(key)]
+        return jnp.stack(parts)
+    two_a_hash = _is_at_most_single(like.dtype)
+    if rows is not None:
+        return _hash_rows(key, like, rows, two_a_hash)
+    size = -(-like.size // 2) if two_a_hash else like.size
     # The data of a key are random bits: those that JAX makes of all 64.
-    if like.size <= 2:
+    if two_a_hash and size <= 1:
         return jr.key_data(key)[None, :2]
-    return jr.key_data(jr.split(key, -(-like.size // 2)))[:, :2]
+    return jr.key_data(jr.split(key, size))[:, :2]
+
+
+def _hash_rows(
+    key: Key[Array, ""], like: jax.ShapeDtypeStruct, rows: Rows, two_a_hash: bool
+) -> UInt32[Array, "numbers words"]:
+    """As for whole arrays: `i` of them is made of the `i`-th hash; or if there are two
+    numbers in each, of the first word of that, or of the second of one that is half of
+    all before.
+    """
+    num, count, *rest = like.shape
+    stride = math.prod(rest)
+    index = jnp.arange(count * stride, dtype=jnp.uint32)
+    index = index + rows.first.astype(jnp.uint32) * np.uint32(stride)
+    of_component = jnp.arange(num, dtype=jnp.uint32) * np.uint32(rows.total * stride)
+    index = (of_component[:, None] + index).reshape(-1)
+    size = num * rows.total * stride
+    if not two_a_hash:
+        return jr.key_data(jax.vmap(jr.fold_in, (None, 0))(key, index))[:, :2]
+    half = np.uint32(-(-size // 2))
+    is_second = index >= half
+    if size <= 2:
+        words = jnp.broadcast_to(jr.key_data(key)[:2], (len(index), 2))
+    else:
+        index = jnp.where(is_second, index - half, index)
+        words = jr.key_data(jax.vmap(jr.fold_in, (None, 0))(key, index))
+    return jnp.where(is_second, words[:, 1], words[:, 0])[:, None]
 
 
 def _to_normal(
-    hashed: Key[Array, ""] | UInt32[Array, "blocks 2"], like: jax.ShapeDtypeStruct
+    hashed: UInt32[Array, "..."], like: jax.ShapeDtypeStruct
 ) -> Inexact[Array, "..."]:
     """The second step of a draw: the numbers."""
-    if not _is_at_most_single(like.dtype):
-        return jr.normal(hashed, like.shape, like.dtype)
-    bits = jnp.concatenate([hashed[:, 0], hashed[:, 1]])
-    bits = bits[: like.size].reshape(like.shape)
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        real, imag = (_to_normal(x, _real(like)) for x in hashed)
+        return lax.complex(real, imag) / np.sqrt(2).astype(real.dtype)
+    if _is_at_most_single(like.dtype):
+        dtype, words = jnp.float32, range(hashed.shape[1])
+        bits = jnp.concatenate([hashed[:, i] for i in words])[: like.size]
+    else:
+        dtype = jnp.float64
+        high, low = hashed[:, 0].astype(jnp.uint64), hashed[:, 1].astype(jnp.uint64)
+        bits = (high << jnp.uint64(32)) | low
+    return _bits_to_normal(bits.reshape(like.shape), dtype)
+
+
+def _bits_to_normal(bits: UInt[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
     # Uniform on [1, 2), then on (-1, 1).
-    one = lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
-    uniform = lax.bitcast_convert_type((bits >> jnp.uint32(9)) | one, jnp.float32)
-    smallest = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
+    unused = bits.dtype.type(jnp.finfo(dtype).bits - jnp.finfo(dtype).nmant)
+    one = lax.bitcast_convert_type(jnp.ones((), dtype), bits.dtype)
+    uniform = lax.bitcast_convert_type((bits >> unused) | one, dtype)
+    smallest = jnp.nextafter(dtype(-1), dtype(0))
     uniform = jnp.maximum((uniform - 1) * (1 - smallest) + smallest, smallest)
-    return jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+    return dtype(math.sqrt(2)) * lax.erf_inv(uniform)
+
+
+def _real(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(like.shape, jnp.finfo(like.dtype).dtype)
 
 
 def _is_at_most_single(dtype: jnp.dtype) -> bool:

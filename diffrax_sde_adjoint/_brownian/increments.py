@@ -45,7 +45,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from .draws import draw
+from .draws import Rows, draw
 
 
 # The standard deviations of `W`, `H` and `K` over an interval of length one.
@@ -75,7 +75,10 @@ class Increment(eqx.Module):
 
 
 def sample(
-    key: Key[Array, ""], dt: Float[Array, ""], like: PyTree[jax.ShapeDtypeStruct]
+    key: Key[Array, ""],
+    dt: Float[Array, ""],
+    like: PyTree[jax.ShapeDtypeStruct],
+    rows: Rows | None,
 ) -> Increment:
     """An interval of length `dt`, of which nothing else is known."""
 
@@ -83,7 +86,7 @@ def sample(
         std = jnp.sqrt(dt) * jnp.asarray(stds[: len(z)], dt.dtype)
         return z * std.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype)
 
-    return Increment(dt, jtu.tree_map(scale, draw(key, like)))
+    return Increment(dt, jtu.tree_map(scale, draw(key, like, rows)))
 
 
 def join(left: Increment, right: Increment) -> Increment:

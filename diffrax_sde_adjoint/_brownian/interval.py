@@ -16,7 +16,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._misc import error_with_values_if
@@ -24,6 +24,7 @@ from .arguments import (
     KnownTimes,
     check_key,
     check_options,
+    check_rows,
     check_shape,
     check_times,
     constants,
@@ -32,7 +33,7 @@ from .arguments import (
     tolerance,
 )
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
-from .draws import at_least_single
+from .draws import Rows, at_least_single
 from .increments import Increment
 from .query import Source, any_query, draw_cell, run_if
 
@@ -109,6 +110,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     _constants: tuple[float, ...] | None = eqx.field(static=True, repr=False)
     # Flattened, as a static field has to be hashable and a PyTree need not be.
     _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
+    _rows: Rows | None
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         ts: ArrayLike | Sequence[RealScalarLike] | None = None,
         levy_area: _LevyArea = diffrax.BrownianIncrement,
         levels: int | None = None,
+        rows: tuple[int | Int[Array, ""], int] | None = None,
         tol: Any = None,
     ):
         self.levels = check_options(
@@ -140,6 +143,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             self._cells = OneCell(self.t0, self.t1)
         leaves, treedef = jtu.tree_flatten(check_shape(shape))
         self._shape = (tuple(leaves), treedef)
+        self._rows = None if rows is None else check_rows(rows, leaves)
         self.key = check_key(key)
         self.levy_area = levy_area
 
@@ -282,16 +286,30 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         num = num_components[self.levy_area]
         stack = lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype)
         like = jtu.tree_map(stack, self.shape)
-        return Source(self.key, lax.stop_gradient(self._cells), self.levels, like, num)
+        cells = lax.stop_gradient(self._cells)
+        return Source(self.key, cells, self.levels, like, num, self._rows)
 
     def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
         # A complex path has real lengths.
         dt = jtu.tree_map(lambda x: inc.dt.astype(jnp.finfo(x.dtype).dtype), self.shape)
-        component = lambda i: jtu.tree_map(
-            lambda x, y: x[i].astype(y.dtype), inc.components, self.shape
-        )
+
+        def component(i):
+            return jtu.tree_map(
+                lambda x, y: self._nan_unless_rows(x[i]).astype(y.dtype),
+                inc.components,
+                self.shape,
+            )
+
         num = num_components[self.levy_area]
         return self.levy_area(dt, *map(component, range(num)))
+
+    def _nan_unless_rows(self, x: Array) -> Array:
+        """Where the rows of a batch are is mostly known only when a program runs, and
+        an error then would be a call of the host, in what may be a loop.
+        """
+        if self._rows is None:
+            return x
+        return jnp.where(self._rows.hold(x.shape[0]), x, jnp.nan)
 
 
 BrownianInterval.__init__.__doc__ = """**Arguments:**
@@ -316,6 +334,12 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     resolution of the path is the length of the cell over `2**levels`: below that the
     path is smooth, and the variances of increments are wrong, mostly too small.
     Defaults to 10 with `dt` or `ts`, and to 20 with neither.
+- `rows`: a pair `(first, total)`, for a batch of which each device holds a part: the
+    path is rows `first`, `first + 1`, ... of a path with the same key that has `total`
+    rows, along the first axis of each array of `shape`. `first` may be traced, such as
+    `jax.lax.axis_index(...) * shape[0]` in a [`jax.shard_map`][]; then the path is not
+    a number if there are no such rows. Numbers in half and single precision take twice
+    as long to draw: each comes of a hash of its own.
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 from .._misc import zeros_like
 from . import increments, refine
 from .cells import AbstractCells, OneCell
-from .draws import at_least_single, combine, draw as draw_normal
+from .draws import Rows, at_least_single, combine, draw as draw_normal
 from .increments import Increment
 
 
@@ -39,12 +39,14 @@ class Source(NamedTuple):
     # The `num` components of an increment, stacked along the first axis.
     like: PyTree[jax.ShapeDtypeStruct]
     num: int
+    # Which rows of a batch are drawn, along the second axis; all, if it is `None`.
+    rows: Rows | None
 
 
 def draw_cell(source: Source, i: Int[Array, ""], dt: Float[Array, ""]) -> Increment:
     """Cell `i` as a whole, of length `dt`."""
     key = jr.fold_in(source.key, i)
-    return increments.sample(key, at_least_single(dt), source.like)
+    return increments.sample(key, at_least_single(dt), source.like, source.rows)
 
 
 def any_query(
@@ -117,7 +119,8 @@ def _halve_until(
     def halve(i, inc):
         whole, half = interval >> (depth - i), interval >> (depth - i - 1)
         of_inside = jr.fold_in(source.key, _inside(cell))
-        numbers = draw_normal(jr.fold_in(of_inside, whole), source.like)
+        key = jr.fold_in(of_inside, whole)
+        numbers = draw_normal(key, source.like, source.rows)
         return increments.halve(inc, numbers, half % 2 == 1)
 
     return lax.fori_loop(0, depth, halve, inc)
@@ -136,7 +139,8 @@ def _parts(
     coefs_of_ends = [[x[i] * scale[i] for x in coefs] for i in (0, 1)]
     # With cells, most queries are for one of them.
     is_rare = not isinstance(source.cells, OneCell)
-    around = combine(_keys(source, cell, ends), coefs_of_ends, source.like, is_rare)
+    keys = _keys(source, cell, ends)
+    around = combine(keys, coefs_of_ends, source.like, source.rows, is_rare)
     first, last = (
         Increment(dt, x) for dt, x in zip(widths * lengths, around, strict=True)
     )

@@ -1,0 +1,130 @@
+"""One program on several devices, and in several processes: data parallel training.
+
+Each device takes some rows of every batch, and makes the solves of these. What is
+learned is the same on all of them, and so are the gradients that they add up, once a
+step. See `docs/many_devices.md`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from matplotlib.figure import Figure
+
+
+State = TypeVar("State")
+Tree = TypeVar("Tree", bound=PyTree)
+# The first of a device's rows of a batch, and how many the batch has; or all of them.
+Rows = tuple[Int[Array, ""], int] | None
+AXIS = "devices"
+
+
+def take(batch: Tree, rows: Rows) -> Tree:
+    """The rows of a batch that are a device's."""
+    if rows is None:
+        return batch
+    first, total = rows
+    num = total // jax.lax.psum(1, AXIS)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, num), batch)
+
+
+def normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], rows: Rows
+) -> Float[Array, "rows *shape"]:
+    """Independent normal numbers. Those of a row do not depend on which others there
+    are on a device.
+    """
+    if rows is not None:
+        shape = (rows[1], *shape[1:])
+    return take(jax.random.normal(key, shape, jnp.float32), rows)
+
+
+def sum_of_devices(tree: Tree, rows: Rows) -> Tree:
+    return tree if rows is None else jax.lax.psum(tree, AXIS)
+
+
+def make_step(
+    step: Callable[..., tuple[State, Float[Array, ""]]],
+    data: PyTree[Any],
+    batch: int,
+    devices: int,
+) -> Callable[..., tuple[State, Float[Array, ""]]]:
+    """`step`, compiled, as a function of the state, the number `i` of the step and what
+    is `static`; on each of several devices for a part of the batch.
+
+    It is called as `step(state, data, i, rows, *static)`, with the device's rows of the
+    batch, and returns the next state and the loss, the same on all devices. So that
+    these do not depend on how many there are, its random numbers are to be those of
+    rows of the batch; and the gradients and losses of devices are to be added up, all
+    at once.
+    """
+    jitted = eqx.filter_jit(step)
+    if devices == 1 and jax.process_count() == 1:
+        return lambda state, i, *static: jitted(
+            state, data, jnp.asarray(i), None, *static
+        )
+    if batch % devices != 0:
+        raise ValueError(
+            f"`batch`: {batch} series are not the same number on each of {devices} "
+            "devices."
+        )
+    if devices != jax.device_count() and jax.process_count() > 1:
+        raise ValueError(f"`devices`: the processes have {jax.device_count()}.")
+    if devices > jax.device_count():
+        raise ValueError(f"`devices`: there are {jax.device_count()}, not {devices}.")
+    mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(tree):
+        arrays, others = eqx.partition(tree, eqx.is_array)
+        return eqx.combine(jax.device_put(arrays, everywhere), others)
+
+    data = place(data)
+
+    @eqx.filter_jit
+    def on_devices(state, data, i, *static):
+        arrays, others = eqx.partition((state, data, i), eqx.is_array)
+
+        def on_device(arrays):
+            first = jax.lax.axis_index(AXIS) * (batch // devices)
+            args = eqx.combine(arrays, others)
+            state, loss = step(*args, (first, batch), *static)
+            return eqx.filter(state, eqx.is_array), loss
+
+        # It is not checked what is the same on all devices, as `diffeqsolve` has
+        # conditionals of which only one branch depends on the device.
+        new, loss = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(arrays)
+        return eqx.combine(new, others[0]), loss
+
+    return lambda state, i, *static: on_devices(
+        place(state), data, place(jnp.asarray(i)), *static
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this one prints, and writes files."""
+    return jax.process_index() == 0
+
+
+def say(text: str):
+    if is_first_process():
+        print(text)
+
+
+def save_figure(figure: Figure, path: Path):
+    if is_first_process():
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
