@@ -7,7 +7,7 @@ step. See `docs/many_devices.md`.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -50,12 +50,30 @@ def sum_of_devices(tree: Tree, rows: Rows) -> Tree:
     return tree if rows is None else jax.lax.psum(tree, AXIS)
 
 
+class Step(NamedTuple):
+    """A compiled step of the training: see `make_step`."""
+
+    jitted: Callable[..., Any]
+    data: PyTree[Any]
+    place: Callable[[PyTree[Any]], PyTree[Any]]
+
+    def __call__(self, state: State, i: int, *static: Any) -> tuple[State, Any]:
+        return self.jitted(*self._args(state, i), *static)
+
+    def lower(self, state: PyTree[Any], i: int, *static: Any):
+        """What there is to compile; see [`jax.stages.Wrapped.lower`][]."""
+        return self.jitted.lower(*self._args(state, i), *static)
+
+    def _args(self, state, i):
+        return self.place(state), self.data, self.place(jnp.asarray(i))
+
+
 def make_step(
     step: Callable[..., tuple[State, Float[Array, ""]]],
     data: PyTree[Any],
     batch: int,
     devices: int,
-) -> Callable[..., tuple[State, Float[Array, ""]]]:
+) -> Step:
     """`step`, compiled, as a function of the state, the number `i` of the step and what
     is `static`; on each of several devices for a part of the batch.
 
@@ -65,31 +83,28 @@ def make_step(
     rows of the batch; and the gradients and losses of devices are to be added up, all
     at once.
     """
-    jitted = eqx.filter_jit(step)
     if devices == 1 and jax.process_count() == 1:
-        return lambda state, i, *static: jitted(
-            state, data, jnp.asarray(i), None, *static
-        )
+        on_one = lambda state, data, i, *static: step(state, data, i, None, *static)
+        return Step(eqx.filter_jit(on_one), data, lambda tree: tree)
     if batch % devices != 0:
         raise ValueError(
             f"`batch`: {batch} series are not the same number on each of {devices} "
             "devices."
         )
-    if devices != jax.device_count() and jax.process_count() > 1:
-        raise ValueError(f"`devices`: the processes have {jax.device_count()}.")
     if devices > jax.device_count():
         raise ValueError(f"`devices`: there are {jax.device_count()}, not {devices}.")
+    if devices != jax.device_count() and jax.process_count() > 1:
+        raise ValueError(
+            f"`devices`: all {jax.device_count()} of the processes are to be used, not "
+            f"{devices}."
+        )
     mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(tree):
-        arrays, others = eqx.partition(tree, eqx.is_array)
-        return eqx.combine(jax.device_put(arrays, everywhere), others)
+        return jax.tree.map(lambda x: _place(x, everywhere), tree)
 
-    data = place(data)
-
-    @eqx.filter_jit
-    def on_devices(state, data, i, *static):
+    def on_all(state, data, i, *static):
         arrays, others = eqx.partition((state, data, i), eqx.is_array)
 
         def on_device(arrays):
@@ -109,9 +124,17 @@ def make_step(
         )(arrays)
         return eqx.combine(new, others[0]), loss
 
-    return lambda state, i, *static: on_devices(
-        place(state), data, place(jnp.asarray(i)), *static
-    )
+    return Step(eqx.filter_jit(on_all), place(data), place)
+
+
+def _place(x: Any, everywhere: NamedSharding) -> Any:
+    """An array, the same on all devices. Each process has one, on its own."""
+    if not eqx.is_array(x) or x.sharding == everywhere:
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(x), everywhere))
+    values = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, everywhere, lambda i: values[i])
 
 
 def is_first_process() -> bool:
