@@ -59,7 +59,8 @@ def energy_score(
     With $d$ entries in each, $(R + B) B d$ multiplications, in matrix products.
     Distances below about $10^{-3}$ times the size of what is compared ($10^{-7}$ in
     float64) are not told from zero. With a mask, $2 R B d$, one by one, and so many
-    numbers in memory; of the pairs $j \neq k$ each $x_i$ takes $B$.
+    numbers in memory; of the pairs $j \neq k$ each $x_i$ takes $B$. Pass `mask=None`
+    where all is known.
 
     Source: Gneiting and Raftery, *Strictly Proper Scoring Rules, Prediction, and
     Estimation*, Journal of the American Statistical Association 2007, Section 4.3.
@@ -103,6 +104,13 @@ class WindowedEnergyScore(eqx.Module):
     Windows of two times are enough to tell two Markov processes apart, and no window
     that is shorter than the series is for all other processes; the whole series are. A
     sample tells little of the law of a long vector, so the latter alone learns slowly.
+
+    The least value is not zero, but about what other data have in place of
+    `generated`: compare with that. Changes weigh so much that differences in values at
+    one time are small in it, and are learned late. For the Ornstein-Uhlenbeck processes
+    of the examples, other series of the process score 2.104, and 2.106 if each is
+    shifted so that starts spread a third as much, where one evaluation varies by 0.02.
+    So look at values at some times, too.
 
     **Attributes:**
 
@@ -220,7 +228,9 @@ class WindowedEnergyScore(eqx.Module):
 
         For $R$ series of data and $B$ generated ones, $(R + B) B$ times the number of
         values in all windows and in the series; with a mask, $R B$ times the sum of
-        their squares in each window.
+        their squares in each window. For 128 series of data, 64 generated ones, 40
+        times and 3 channels, a gradient takes 12 to 15 times as long with a mask, on
+        two CPU cores. So pass `mask=None` where all is known.
         """
         _check_samples("WindowedEnergyScore", data, generated, mask)
         if data.shape[1:] != self.mean.shape or data.dtype != self.mean.dtype:

@@ -111,7 +111,7 @@ def load(name: Name, held_out: Literal["validation", "test"]) -> Data:
             part: ornstein_uhlenbeck(num, i)
             for i, (part, num) in enumerate(sizes.items())
         }
-        about = (("y",), False, False)
+        about = (("y, scaled",), False, False)
     elif name == "glucose":
         split = glucose_windows()
         about = (("log glucose, scaled",), True, True)
