@@ -4,12 +4,15 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 
-# One CPU is several devices. What does not ask for them runs on the first.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-)
+if not any("benchmarks" in argument for argument in sys.argv):
+    # One CPU is several devices. What does not ask for them runs on the first, and a
+    # little differently, so there are none in benchmarks.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    )
 if "PYTEST_XDIST_WORKER" in os.environ:
     _flags = [
         # The workers already fill the cores. A thread pool in each as well makes them
@@ -25,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         # XLA ends the process if it does not know a flag; other versions may not.
         _flags.append("--xla_cpu_use_fusion_emitters=false")
         _flags.append("--xla_cpu_parallel_codegen_split_count=1")
-    os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *_flags])
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax
 import pytest

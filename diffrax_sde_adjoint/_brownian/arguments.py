@@ -147,10 +147,10 @@ def check_rows(
             f"{rows}."
         )
     first, total = rows
-    if not hasattr(total, "__index__"):
+    if not hasattr(total, "__index__") or isinstance(total, jax.core.Tracer):
         raise ValueError(
             "`BrownianInterval(rows=(first, total))` must have an integer `total` that "
-            f"is no JAX array, but has {total}."
+            f"is not traced, but has {total}."
         )
     if not jnp.issubdtype(jnp.result_type(first), jnp.integer) or jnp.ndim(first) != 0:
         raise ValueError(

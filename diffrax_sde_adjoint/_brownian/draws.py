@@ -202,8 +202,8 @@ def _to_normal(
 ) -> Inexact[Array, "..."]:
     """The second step of a draw: the numbers."""
     if jnp.issubdtype(like.dtype, jnp.complexfloating):
-        real, imag = (_to_normal(x, _real(like)) for x in hashed)
-        return lax.complex(real, imag) / np.sqrt(2).astype(real.dtype)
+        real, imag = (_to_normal(x, _real(like)) / math.sqrt(2) for x in hashed)
+        return lax.complex(real, imag)
     if _is_at_most_single(like.dtype):
         dtype, words = jnp.float32, range(hashed.shape[1])
         bits = jnp.concatenate([hashed[:, i] for i in words])[: like.size]
