@@ -35,6 +35,11 @@ def take(batch: Tree, rows: Rows) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, num), batch)
 
 
+def batch_size(x: Float[Array, "rows ..."], rows: Rows) -> int:
+    """Of the whole batch, of which `x` has a device's rows."""
+    return len(x) if rows is None else rows[1]
+
+
 def normal(
     key: PRNGKeyArray, shape: tuple[int, ...], rows: Rows
 ) -> Float[Array, "rows *shape"]:
