@@ -26,13 +26,23 @@ Rows = tuple[Int[Array, ""], int] | None
 AXIS = "devices"
 
 
+def num_rows(batch: int, rows: Rows) -> int:
+    """How many of a batch a device has."""
+    return batch if rows is None else batch // jax.lax.psum(1, AXIS)
+
+
 def take(batch: Tree, rows: Rows) -> Tree:
     """The rows of a batch that are a device's."""
     if rows is None:
         return batch
     first, total = rows
-    num = total // jax.lax.psum(1, AXIS)
+    num = num_rows(total, rows)
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, num), batch)
+
+
+def batch_size(x: Float[Array, "rows ..."], rows: Rows) -> int:
+    """Of the whole batch, of which `x` has a device's rows."""
+    return len(x) if rows is None else rows[1]
 
 
 def normal(
@@ -44,6 +54,17 @@ def normal(
     if rows is not None:
         shape = (rows[1], *shape[1:])
     return take(jax.random.normal(key, shape, jnp.float32), rows)
+
+
+def gather(x: Float[Array, "rows ..."], rows: Rows) -> Float[Array, "batch ..."]:
+    """The whole batch, of which `x` has a device's rows: for a loss that is no sum over
+    rows, which each device computes. Its gradient on a device is that in the device's
+    rows only, so the gradients of devices add up.
+    """
+    if rows is None:
+        return x
+    batch = jax.lax.all_gather(jax.lax.stop_gradient(x), AXIS, tiled=True)
+    return jax.lax.dynamic_update_slice_in_dim(batch, x, rows[0], axis=0)
 
 
 def sum_of_devices(tree: Tree, rows: Rows) -> Tree:

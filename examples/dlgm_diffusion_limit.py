@@ -31,6 +31,16 @@ import numpy as np
 import optax
 import tyro
 from common import last_checkpoint, loss_scores, report, train, update
+from devices import (
+    Rows,
+    batch_size,
+    make_step,
+    normal,
+    save_figure,
+    say,
+    sum_of_devices,
+    take,
+)
 from diffrax import (
     AbstractAdjoint,
     AbstractSolver,
@@ -95,8 +105,22 @@ def minus_log_likelihood(x: Float[Array, "batch 2"], y: Float[Array, "batch 2"])
     return 0.5 * error + DIM * math.log(NOISE * math.sqrt(2 * math.pi))
 
 
+def mean_free_energy(
+    x: Float[Array, "batch 2"],
+    divergence: Float[Array, " batch"],
+    y: Float[Array, "batch 2"],
+    rows: Rows,
+) -> Float[Array, ""]:
+    total = jnp.sum(divergence + minus_log_likelihood(x, y))
+    return total / batch_size(y, rows)
+
+
 def chain_free_energy(
-    model: Model, y: Float[Array, "batch 2"], layers: int, key: PRNGKeyArray
+    model: Model,
+    y: Float[Array, "batch 2"],
+    layers: int,
+    key: PRNGKeyArray,
+    rows: Rows,
 ) -> Float[Array, ""]:
     """Of the deep latent Gaussian model."""
     scale = jnp.exp(model.log_scale)
@@ -105,22 +129,24 @@ def chain_free_energy(
         x, divergence = carry
         t, h = k.astype(float32) / layers, 1 / layers
         u = model.shift(t, y)
-        z = jr.normal(jr.fold_in(key, k), x.shape, float32)
+        z = normal(jr.fold_in(key, k), x.shape, rows)
         x = x + h * (model.drift(t, x) + scale * u) + scale * z * h**0.5
         return (x, divergence + 0.5 * h * jnp.sum(u**2, axis=-1)), None
 
     start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
     (x, divergence), _ = jax.lax.scan(layer, start, jnp.arange(layers))
-    return jnp.mean(divergence + minus_log_likelihood(x, y))
+    return mean_free_energy(x, divergence, y, rows)
 
 
-def make_terms(y: Float[Array, "batch 2"], key: PRNGKeyArray, finest: int):
+def make_terms(
+    y: Float[Array, "batch 2"], key: PRNGKeyArray, finest: int, rows: Rows = None
+):
     """The posterior, and its divergence from the prior; `args` are the model. The path
     depends on the key, and on how many steps the finest solve makes.
     """
     struct = jax.ShapeDtypeStruct(y.shape, y.dtype)
     t0, t1, dt = jnp.array([0, 1, 1 / finest], float32)
-    path = BrownianInterval(t0, t1, struct, key, dt=dt)
+    path = BrownianInterval(t0, t1, struct, key, dt=dt, rows=rows)
     prior = MultiTerm(
         ODETerm(lambda t, x, model: model.drift(t, x)),
         ControlTerm(
@@ -141,12 +167,13 @@ def sde_free_energy(
     key: PRNGKeyArray,
     solver: AbstractSolver,
     adjoint: AbstractAdjoint,
+    rows: Rows = None,
 ) -> Float[Array, ""]:
     """Of the neural SDE. Noise is additive, so Itô and Stratonovich are the same."""
     t0, t1 = jnp.array([0, 1], float32)
     start = jnp.zeros_like(y), jnp.zeros(len(y), float32)
     sol = diffeqsolve(
-        make_terms(y, key, finest),
+        make_terms(y, key, finest, rows),
         solver,
         t0,
         t1,
@@ -157,44 +184,49 @@ def sde_free_energy(
         max_steps=finest,
     )
     x, divergence = jax.tree.map(lambda a: a[-1], sol.ys)
-    return jnp.mean(divergence + minus_log_likelihood(x, y))
+    return mean_free_energy(x, divergence, y, rows)
 
 
-def free_energy(model, y, layers: int | None, key):
+def free_energy(model, y, layers: int | None, key, rows: Rows = None):
     """Of a chain, or if there is no number of layers, of the SDE."""
     if layers is None:
         return sde_free_energy(
-            model, y, 1 / FINE, FINE, key, ReversibleHeun(), StochasticAdjoint()
+            model, y, 1 / FINE, FINE, key, ReversibleHeun(), StochasticAdjoint(), rows
         )
-    return chain_free_energy(model, y, layers, key)
+    return chain_free_energy(model, y, layers, key, rows)
+
+
+def adam(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+
+def train_step(state, data, i, rows: Rows, layers: int | None, steps: int, batch: int):
+    """Decreases the free energy of some of the data."""
+    points, key = data
+    data_key, noise_key = jr.split(jr.fold_in(key, i))
+    y = take(jr.choice(data_key, points, (batch,)), rows)
+    model, opt_state = state
+    out = eqx.filter_value_and_grad(free_energy)(model, y, layers, noise_key, rows)
+    loss, grads = sum_of_devices(out, rows)
+    return update(adam(steps), model, opt_state, grads), loss
 
 
 def train_model(
     data: Float[Array, "num 2"],
     layers: int | None,
     settings: dict[str, Any],
+    devices: int,
     out: Path,
     resume: bool,
     key: PRNGKeyArray,
 ) -> tuple[Model, np.ndarray]:
     model_key, train_key = jr.split(key)
     model = eqx.filter_jit(Model)(settings["width"], model_key)
-    optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, settings["steps"]))
-    state = (model, optimiser.init(eqx.filter(model, eqx.is_array)))
-
-    @eqx.filter_jit
-    def step(state, i):
-        data_key, noise_key = jr.split(jr.fold_in(train_key, i))
-        y = jr.choice(data_key, data, (settings["batch"],))
-        model, opt_state = state
-        loss, grads = eqx.filter_value_and_grad(free_energy)(
-            model, y, layers, noise_key
-        )
-        return update(optimiser, model, opt_state, grads), loss
-
-    one_step = lambda state, i: step(state, jnp.asarray(i))
+    steps, batch = settings["steps"], settings["batch"]
+    state = (model, adam(steps).init(eqx.filter(model, eqx.is_array)))
+    step = make_step(train_step, (data, train_key), batch, devices)
+    one_step = lambda state, i: step(state, i, layers, steps, batch)
     name = "sde" if layers is None else f"{layers}_layers"
-    steps = settings["steps"]
     last = last_checkpoint(out, name) if resume else None
     state, losses = train(one_step, state, steps, settings, out, last, name)
     return state[0], losses
@@ -361,6 +393,7 @@ def main(
         *((4, n) for n in (16, 64, 256, 1024)),
         *((n, 64) for n in (2, 8, 16, 24)),
     ),
+    devices: int = 1,
     seed: int = 0,
     out: Path = Path("dlgm_diffusion_limit"),
     resume: bool = False,
@@ -372,6 +405,7 @@ def main(
         all_steps: the numbers of steps that gradients are compared for.
         measured: widths of networks and numbers of steps, to measure gradients for. In
             the figure are those with 64 steps.
+        devices: that share each batch.
         out: where the figure and the checkpoints go, in the place of earlier ones.
         resume: continue from the checkpoints in `out`, of a run with the same settings.
     """
@@ -383,7 +417,9 @@ def main(
     scores, models = {}, {}
     for num in (*layers, None):
         name = "SDE" if num is None else f"{num} layers"
-        model, losses = train_model(data, num, settings, out, resume, train_key)
+        model, losses = train_model(
+            data, num, settings, devices, out, resume, train_key
+        )
         scores |= loss_scores(losses, f": {name}")
         value, error = evaluate(model, held_out, num, evaluate_key)
         scores[f"free energy: {name}"] = value
@@ -401,14 +437,14 @@ def main(
     rows = [row for size in measured for row in costs(y, *size)]
 
     scores = report(scores)
-    print(f"{'':36s}{'steps':>6s}{'parameters':>11s}{'ms':>9s}{'kB':>8s}")
+    say(f"{'':36s}{'steps':>6s}{'parameters':>11s}{'ms':>9s}{'kB':>8s}")
     for name, n, parameters, ms, kilobytes in sorted(rows):
-        print(f"{name:36s}{n:6d}{parameters:11d}{ms:9.1f}{kilobytes:8.0f}")
+        say(f"{name:36s}{n:6d}{parameters:11d}{ms:9.1f}{kilobytes:8.0f}")
 
     samples = sample(models[None], FINE, 4096, sample_key)
     path = out / "dlgm_diffusion_limit.png"
     plot(path, data, samples, layers, all_steps, scores, rows)
-    print(f"Figure and checkpoints are in {out}/.")
+    say(f"Figure and checkpoints are in {out}/.")
     return scores
 
 
@@ -455,8 +491,7 @@ def plot(path: Path, data, samples, layers, all_steps, scores, rows):
     axes[1, 0].legend(frameon=False, fontsize=9)
     title = f"Time of a gradient, {FINE} steps"
     axes[1, 1].set(title=title, xlabel="parameters", ylabel="ms")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

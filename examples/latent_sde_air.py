@@ -33,6 +33,7 @@ import numpy as np
 import optax
 import tyro
 from common import loss_scores, normal_kl, plot_quantiles, report, train, update
+from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
 from diffrax import (
     AbstractAdjoint,
     AbstractSolver,
@@ -261,7 +262,14 @@ def shift(t, z, args: Args):
 
 
 def solve(
-    model: LatentSDE, y0: State, station, context, method: Method, hours: int, key
+    model: LatentSDE,
+    y0: State,
+    station,
+    context,
+    method: Method,
+    hours: int,
+    key: PRNGKeyArray,
+    rows: Rows = None,
 ):
     """Latent paths at all steps of a day: of the posterior, with their divergence from
     the prior, from a pair of both; or if there is no context, of the prior.
@@ -280,7 +288,8 @@ def solve(
         hour, context, key = inputs
         z = y if context is None else y[0]
         struct = jax.ShapeDtypeStruct(z.shape, z.dtype)
-        path = BrownianInterval(0.0, hours, struct, key, dt=1 / STEPS_PER_HOUR)
+        dt = 1 / STEPS_PER_HOUR
+        path = BrownianInterval(0.0, hours, struct, key, dt=dt, rows=rows)
         terms = MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))
         if context is not None:
             context = LinearInterpolation(ts, context)
@@ -290,7 +299,7 @@ def solve(
             solver,
             0.0,
             hours,
-            1 / STEPS_PER_HOUR,
+            dt,
             y,
             Args(model, station, hour, context),
             saveat=SaveAt(ts=steps[1:]),
@@ -305,32 +314,35 @@ def solve(
     return jax.tree.map(with_start, y0, ys)
 
 
-def sample_normal(parameters: Float[Array, "batch 2*dim"], key: PRNGKeyArray):
+def sample_normal(
+    parameters: Float[Array, "batch 2*dim"], key: PRNGKeyArray, rows: Rows = None
+):
     mean, log_std = jnp.split(parameters, 2, axis=-1)
-    return mean + jnp.exp(log_std) * jr.normal(key, mean.shape, float32)
+    return mean + jnp.exp(log_std) * normal(key, mean.shape, rows)
 
 
-def posterior(model: LatentSDE, values, is_seen, station, method, hours, key):
+def posterior(
+    model: LatentSDE, values, is_seen, station, method, hours, key, rows: Rows = None
+):
     """Latent paths given readings, and their divergence from the prior."""
     z_key, path_key = jr.split(key)
     context, initial = model.encode(values, is_seen, station)
     prior = jax.vmap(model.initial)(station)
     kl0 = normal_kl(*jnp.split(initial, 2, axis=-1), *jnp.split(prior, 2, axis=-1))
-    y0 = (sample_normal(initial, z_key), kl0)
-    zs, kls = solve(model, y0, station, context, method, hours, path_key)
+    y0 = (sample_normal(initial, z_key, rows), kl0)
+    zs, kls = solve(model, y0, station, context, method, hours, path_key, rows)
     return zs, kls[-1]
 
 
 def loss_fn(
-    model, values, is_seen, station, kl_weight, method, hours, key
+    model, values, is_seen, station, kl_weight, method, hours, key, rows: Rows = None
 ) -> Float[Array, ""]:
-    """Minus the evidence lower bound, in nats a reading."""
-    zs, kl = posterior(model, values, is_seen, station, method, hours, key)
+    """Minus the evidence lower bound, in nats."""
+    zs, kl = posterior(model, values, is_seen, station, method, hours, key, rows)
     mean, log_std = model.read(zs)
     error = (values - mean) * jnp.exp(-log_std)
     log_prob = -0.5 * error**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
-    total = jnp.sum(log_prob * is_seen) - kl_weight * jnp.sum(kl)
-    return -total / jnp.sum(is_seen)
+    return kl_weight * jnp.sum(kl) - jnp.sum(log_prob * is_seen)
 
 
 def one_hot(station: Int[Array, " batch"]) -> Float[Array, "batch 12"]:
@@ -352,19 +364,26 @@ def adam(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-@eqx.filter_jit
-def train_step(state, data, i, steps: int, batch: int, method, hours: int, key):
-    """Increases the evidence lower bound of some of the days."""
-    days, is_seen, station = data
+def train_step(
+    state, data, i, rows: Rows, steps: int, batch: int, method: Method, hours: int
+):
+    """Increases the evidence lower bound of some of the days, in nats a reading."""
+    days, is_seen, station, key = data
     index_key, path_key = jr.split(jr.fold_in(key, i))
     index = jr.choice(index_key, len(days), (batch,))
+    num_readings = jnp.sum(is_seen[index])
+    index = take(index, rows)
     some = days[index], is_seen[index], one_hot(station[index])
     kl_weight = jnp.minimum(1.0, (i + 1).astype(float32) / (0.1 * steps))
+
+    def loss(model):
+        total = loss_fn(model, *some, kl_weight, method, hours, path_key, rows)
+        return total / num_readings
+
     model, opt_state = state
-    loss, grads = eqx.filter_value_and_grad(loss_fn)(
-        model, *some, kl_weight, method, hours, path_key
-    )
-    return update(adam(steps), model, opt_state, grads), loss
+    out = eqx.filter_value_and_grad(loss)(model)
+    value, grads = sum_of_devices(out, rows)
+    return update(adam(steps), model, opt_state, grads), value
 
 
 @eqx.filter_jit
@@ -452,6 +471,7 @@ def main(
     metric_steps: int = 1000,
     samples: int = 2000,
     timed: int = 20,
+    devices: int = 1,
     seed: int = 0,
     out: Path = Path("latent_sde_air"),
     resume: Path | None = None,
@@ -470,6 +490,7 @@ def main(
         metric_steps: of training, for classifiers and the predictor.
         samples: days of each kind, at most, for signatures.
         timed: steps of each method that are timed at the end.
+        devices: that share each batch.
         seed: of the weights, days, paths and hidden hours.
         out: where the figure and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
@@ -492,15 +513,14 @@ def main(
     real, other = parts["train"], parts[held_out]
     is_seen = hide(len(real.values), missing, (seed, 3))
     values = interpolate(real.values, is_seen)
-    seen_days = tuple(map(jnp.asarray, (values, is_seen, real.station)))
+    seen_days = (*map(jnp.asarray, (values, is_seen, real.station)), keys[1])
     model = eqx.filter_jit(LatentSDE)(keys[0])
     state = (model, adam(steps).init(eqx.filter(model, eqx.is_array)))
-
-    def step(state, i, method=method):
-        i = jnp.asarray(i)
-        return train_step(state, seen_days, i, steps, batch, method, hours, keys[1])
-
-    state, losses = train(step, state, steps, settings, out, resume)
+    step = make_step(train_step, seen_days, batch, devices)
+    one_step = lambda state, i, method=method: step(
+        state, i, steps, batch, method, hours
+    )
+    state, losses = train(one_step, state, steps, settings, out, resume)
     model, scores = state[0], loss_scores(losses)
     station = jnp.asarray(np.concatenate([real.station, other.station]))
     generated = np.asarray(generate(model, station, method, hours, keys[2]))
@@ -516,9 +536,9 @@ def main(
             scores[f"error of hidden hours: {kind}"] = np.sqrt(np.mean(error**2))
     scores = report(scores)
     plot(out / "latent_sde_air.png", other, second)
-    print(f"Figure and checkpoints are in {out}/.")
+    say(f"Figure and checkpoints are in {out}/.")
     if timed > 0:
-        scores |= report(times(step, state, timed))
+        scores |= report(times(one_step, state, timed))
     return scores
 
 
@@ -565,8 +585,7 @@ def plot(path: Path, other: Days, generated: Float[np.ndarray, "days 24 2"]):
         ax.set(title=f"Changes of {CHANNELS[k]}", xlabel="hours between")
         ax.set(ylabel="standard deviation", ylim=(0, None))
         ax.legend(frameon=False, loc="lower right")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

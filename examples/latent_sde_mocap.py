@@ -49,6 +49,16 @@ from common import (
     train,
     update,
 )
+from devices import (
+    Rows,
+    batch_size,
+    make_step,
+    normal,
+    save_figure,
+    say,
+    sum_of_devices,
+    take,
+)
 from diffrax import ControlTerm, Euler, MultiTerm, ODETerm, SaveAt, diffeqsolve
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -238,6 +248,7 @@ def infer(
     num_frames: int,
     recipe: Recipe,
     key: PRNGKeyArray,
+    rows: Rows = None,
 ) -> tuple[Float[Array, "batch time 50"], Float[Array, "batch time 50"], Array]:
     """A sample of the posterior given the first frames, from where the SDE starts, as
     mean and log standard deviation of each angle; and its divergence from the prior.
@@ -245,7 +256,7 @@ def infer(
     start_key, path_key = jr.split(key)
     code = encode(model, given, recipe)
     mean, log_std, context = jnp.split(code, [LATENT, 2 * LATENT], axis=-1)
-    z0 = mean + jnp.exp(log_std) * jr.normal(start_key, mean.shape, float32)
+    z0 = mean + jnp.exp(log_std) * normal(start_key, mean.shape, rows)
     divergence = normal_kl(mean, log_std, model.mean, model.log_std)
 
     ts = recipe.gap * jnp.arange(num_frames, dtype=float32)
@@ -254,7 +265,7 @@ def infer(
         terms, y0 = ODETerm(posterior_drift), z0
     else:
         struct = jax.ShapeDtypeStruct(z0.shape, z0.dtype)
-        path = BrownianInterval(t0, t1, struct, path_key, dt=dt0)
+        path = BrownianInterval(t0, t1, struct, path_key, dt=dt0, rows=rows)
         terms = MultiTerm(ODETerm(posterior_drift), ControlTerm(diffusion, path))
         y0 = z0
         if recipe.samples == 0:
@@ -303,19 +314,22 @@ def window(
     at = start + speed * jnp.arange(num_frames, dtype=float32)
     index = jnp.clip(at.astype(jnp.int32), 0, last - 1)
     part = (at - index.astype(float32))[..., None]
-    take = jax.vmap(lambda x, i: x[i])
-    return (1 - part) * take(sequences, index) + part * take(sequences, index + 1)
+    frames = jax.vmap(lambda x, i: x[i])
+    return (1 - part) * frames(sequences, index) + part * frames(sequences, index + 1)
 
 
 def energy_of_parts(
-    x: Float[Array, "batch time 50"], samples: Float[Array, "batch samples time 50"]
+    x: Float[Array, "batch time 50"],
+    samples: Float[Array, "batch samples time 50"],
+    rows: Rows,
 ) -> Float[Array, ""]:
     """The energy score of samples of ten frames in a row, for one angle of them."""
     num = x.shape[1] // PART
     cut = lambda z: z[..., : num * PART, :].reshape(*z.shape[:-2], num, -1)
     of_sequence = jax.vmap(lambda x, y: energy_score(x[None], y), in_axes=(0, 1))
     scores = jax.vmap(of_sequence)(cut(x), cut(samples))
-    return jnp.mean(scores) / math.sqrt(PART * ANGLES)
+    num_scores = num * batch_size(x, rows)
+    return jnp.sum(scores) / num_scores / math.sqrt(PART * ANGLES)
 
 
 def loss_fn(
@@ -325,6 +339,7 @@ def loss_fn(
     recipe: Recipe,
     path_key,
     noise_key,
+    rows: Rows,
 ):
     """Minus the log likelihood and the weighted divergence, per frame and angle; or the
     energy score.
@@ -332,16 +347,19 @@ def loss_fn(
     # So that in a short window, too, there is as much to predict as is given.
     given = 3 if recipe.given == 3 else min(recipe.given, x.shape[1] // 2)
     read, x = x[:, :given], x[:, first_frame(recipe, given) :]
-    read = read + recipe.noise * jr.normal(noise_key, read.shape, float32)
-    if recipe.samples > 0:
-        read = jnp.repeat(read, recipe.samples, axis=0)
-        samples, *_ = infer(model, read, x.shape[1], recipe, path_key)
-        samples = samples.reshape(len(x), recipe.samples, *x.shape[1:])
-        return energy_of_parts(x / recipe.unit, samples / recipe.unit)
-    mean, log_std, divergence = infer(model, read, x.shape[1], recipe, path_key)
+    read = read + recipe.noise * normal(noise_key, read.shape, rows)
+    num = recipe.samples
+    if num > 0:
+        read = jnp.repeat(read, num, axis=0)
+        repeated = None if rows is None else (num * rows[0], num * rows[1])
+        samples, *_ = infer(model, read, x.shape[1], recipe, path_key, repeated)
+        samples = samples.reshape(len(x), num, *x.shape[1:])
+        return energy_of_parts(x / recipe.unit, samples / recipe.unit, rows)
+    mean, log_std, divergence = infer(model, read, x.shape[1], recipe, path_key, rows)
     error = (x - mean) * jnp.exp(-log_std)
     log_likelihood = jnp.sum(-0.5 * error**2 - log_std, axis=(1, 2))
-    return jnp.mean(kl_weight * divergence - log_likelihood) / (x.shape[1] * ANGLES)
+    total = jnp.sum(kl_weight * divergence - log_likelihood)
+    return total / batch_size(x, rows) / (x.shape[1] * ANGLES)
 
 
 def adam(recipe: Recipe) -> optax.GradientTransformation:
@@ -355,17 +373,18 @@ def adam(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adam(schedule))
 
 
-@eqx.filter_jit
-def train_step(state, sequences, i, num_frames: int, recipe: Recipe, key):
+def train_step(state, data, i, rows: Rows, num_frames: int, recipe: Recipe):
     """Of the model, its optimiser, and its average."""
     model, opt_state, average = state
+    sequences, key = data
     window_key, path_key, noise_key = jr.split(jr.fold_in(key, i), 3)
-    x = window(sequences, num_frames, recipe.warp, window_key)
+    x = take(window(sequences, num_frames, recipe.warp, window_key), rows)
     done = (i + 1).astype(float32)
     kl_weight = recipe.kl_weight * jnp.minimum(1, done / recipe.kl_annealing)
-    loss, grads = eqx.filter_value_and_grad(loss_fn)(
-        model, x, kl_weight, recipe, path_key, noise_key
+    out = eqx.filter_value_and_grad(loss_fn)(
+        model, x, kl_weight, recipe, path_key, noise_key, rows
     )
+    loss, grads = sum_of_devices(out, rows)
     model, opt_state = update(adam(recipe), model, opt_state, grads)
     rate = jnp.maximum(1 - recipe.average, 1 / done)
     average = jax.tree.map(
@@ -381,6 +400,7 @@ def train_model(
     recipe: Recipe,
     key: PRNGKeyArray,
     settings: dict[str, Any],
+    devices: int,
     out: Path,
     resume: bool,
 ) -> tuple[LatentSDE, np.ndarray]:
@@ -389,12 +409,11 @@ def train_model(
     model = eqx.filter_jit(LatentSDE)(recipe.given, model_key)
     state = (model, adam(recipe).init(eqx.filter(model, eqx.is_array)), model)
     frames = [num for steps, num in recipe.windows for _ in range(steps)]
-    step = lambda state, i: train_step(
-        state, sequences, jnp.asarray(i), frames[i], recipe, key
-    )
+    step = make_step(train_step, (sequences, key), len(sequences), devices)
+    one_step = lambda state, i: step(state, i, frames[i], recipe)
     name = settings["name"]
     last = last_checkpoint(out, name) if resume else None
-    state, losses = train(step, state, len(frames), settings, out, last, name)
+    state, losses = train(one_step, state, len(frames), settings, out, last, name)
     return state[2], losses
 
 
@@ -444,6 +463,7 @@ def train_and_predict(
     recipe: Recipe,
     seed: int,
     settings: dict[str, Any],
+    devices: int,
     out: Path,
     resume: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -457,7 +477,9 @@ def train_and_predict(
         train_key, predict_key = jr.split(jr.fold_in(jr.key(seed), i))
         settings = dict(settings, name=f"seed_{seed}_split_{i}")
         known = jnp.asarray(seen[:, : recipe.known])
-        model, losses = train_model(known, recipe, train_key, settings, out, resume)
+        model, losses = train_model(
+            known, recipe, train_key, settings, devices, out, resume
+        )
         given = jnp.asarray(truth[unseen, : recipe.given])
         mean[:, unseen, start:], log_std[:, unseen, start:] = predict(
             model, given, truth.shape[1] - start, recipe, predict_key
@@ -483,7 +505,7 @@ def score(
         scores[f"MSE: seed {seed}"] = mean
         scores[f"MSE: seed {seed}: +- over samples"] = half
         of_seeds.append(mean)
-        print(f"Seed {seed}: {mean:.2f}, each: {error.mean(axis=0).round(1)}")
+        say(f"Seed {seed}: {mean:.2f}, each: {error.mean(axis=0).round(1)}")
     means = samples.mean(axis=1)
     scores["MSE"] = np.mean(of_seeds)
     scores["MSE of means of samples"] = mse(means).mean()
@@ -515,6 +537,7 @@ def main(
     *,
     data: Path,
     held_out: Literal["cross-validation", "validation", "test"] = "cross-validation",
+    devices: int = 1,
     seeds: tuple[int, ...] = (0,),
     out: Path = Path("latent_sde_mocap"),
     resume: bool = False,
@@ -526,6 +549,7 @@ def main(
         data: `mocap35.mat`.
         held_out: what to predict. By cross-validation, each model is four, which
             predict a quarter of the sequences for training each, from the others.
+        devices: that share each batch, of all sequences for training.
         seeds: of the weights, windows and paths.
         out: where the figure and the checkpoints go, in the place of earlier ones.
         resume: continue from the checkpoints in `out`, of a run with the same recipe.
@@ -537,7 +561,7 @@ def main(
     settings = dict(recipe._asdict(), held_out=held_out)
 
     runs = [
-        train_and_predict(splits, truth, recipe, seed, settings, out, resume)
+        train_and_predict(splits, truth, recipe, seed, settings, devices, out, resume)
         for seed in seeds
     ]
     samples, log_std, losses = (np.array(x) for x in zip(*runs, strict=True))
@@ -546,7 +570,7 @@ def main(
     scores = report(scores | loss_scores(losses.mean(axis=0)))
 
     plot(out / "latent_sde_mocap.png", truth, samples, log_std, seeds, recipe.given)
-    print(f"Figure and checkpoints are in {out}/.")
+    say(f"Figure and checkpoints are in {out}/.")
     return scores
 
 
@@ -593,8 +617,7 @@ def plot(path: Path, truth, samples, log_std, seeds, given: int):
     ax.set(title="Error of each sequence and, as lines, the mean", xlabel="seed")
     ax.set(ylabel="degrees squared", ylim=(0, None))
     ax.set(xticks=range(len(seeds)), xticklabels=seeds)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

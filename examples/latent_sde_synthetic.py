@@ -36,6 +36,7 @@ from common import (
     train,
     update,
 )
+from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
 from diffrax import (
     ControlTerm,
     Euler,
@@ -182,12 +183,20 @@ def diffusion(t, z, args):
     return lx.DiagonalLinearOperator(jax.nn.sigmoid(raw))
 
 
-def solve(drift, times: int, y0, args, key: PRNGKeyArray, make_terms=lambda x: x):
+def solve(
+    drift,
+    times: int,
+    y0,
+    args,
+    key: PRNGKeyArray,
+    make_terms=lambda x: x,
+    rows: Rows = None,
+):
     """The SDE with some drift, at the times of observations."""
     t0, t1, dt0 = jnp.array([0, 1, 1 / (SUBSTEPS * (times - 1))], float32)
     z0 = jax.tree.leaves(y0)[0]
     struct = jax.ShapeDtypeStruct(z0.shape, z0.dtype)
-    path = BrownianInterval(t0, t1, struct, key, dt=dt0)
+    path = BrownianInterval(t0, t1, struct, key, dt=dt0, rows=rows)
     sol = diffeqsolve(
         make_terms(MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))),
         Euler(),
@@ -204,12 +213,12 @@ def solve(drift, times: int, y0, args, key: PRNGKeyArray, make_terms=lambda x: x
     return sol.ys
 
 
-def posterior(model: LatentSDE, series, seen, key: PRNGKeyArray):
+def posterior(model: LatentSDE, series, seen, key: PRNGKeyArray, rows: Rows = None):
     """Series without their noise, and their divergence from the prior."""
     start_key, path_key = jr.split(key)
     context, initial = model.encode(series, seen)
     mean, log_std = jnp.split(initial, 2, axis=-1)
-    z0 = mean + jnp.exp(log_std) * jr.normal(start_key, mean.shape, float32)
+    z0 = mean + jnp.exp(log_std) * normal(start_key, mean.shape, rows)
     initial_kl = normal_kl(mean, log_std, model.mean, model.log_std)
     times = series.shape[1]
     ts = jnp.linspace(0, 1, times, dtype=float32)
@@ -220,16 +229,48 @@ def posterior(model: LatentSDE, series, seen, key: PRNGKeyArray):
         (model, LinearInterpolation(ts, context)),
         path_key,
         lambda terms: path_kl(terms, prior_drift),
+        rows,
     )
     return model.decode(z), along_path[-1]
 
 
-def loss_fn(model: LatentSDE, series, seen, kl_weight, key: PRNGKeyArray):
-    """Minus the evidence lower bound, but for a constant, per observed number."""
-    decoded, divergence = posterior(model, series, seen, key)
+def loss_fn(model: LatentSDE, series, seen, kl_weight, key: PRNGKeyArray, rows: Rows):
+    """Minus the evidence lower bound, but for a constant."""
+    decoded, divergence = posterior(model, series, seen, key, rows)
     error = jnp.sum(seen * ((series - decoded) / NOISE) ** 2)
-    size = jnp.sum(seen) * series.shape[-1]
-    return (0.5 * error + kl_weight * jnp.sum(divergence)) / size
+    return 0.5 * error + kl_weight * jnp.sum(divergence)
+
+
+def make_optimiser(learning_rate: float, decay: float) -> optax.GradientTransformation:
+    schedule = optax.exponential_decay(learning_rate, 1, decay)
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
+
+
+def train_step(
+    state,
+    data,
+    i,
+    rows: Rows,
+    batch: int,
+    kl_annealing: int,
+    optimiser: optax.GradientTransformation,
+):
+    """Increases the evidence lower bound of some series, per observed number."""
+    series, seen, key = data
+    data_key, path_key = jr.split(jr.fold_in(key, i))
+    index = jr.choice(data_key, SERIES, (batch,), replace=False)
+    size = jnp.sum(seen[index]) * series.shape[-1]
+    index = take(index, rows)
+    kl_weight = jnp.minimum(1.0, (i + 1).astype(float32) / kl_annealing)
+
+    def loss(model):
+        total = loss_fn(model, series[index], seen[index], kl_weight, path_key, rows)
+        return total / size
+
+    model, opt_state = state
+    out = eqx.filter_value_and_grad(loss)(model)
+    value, grads = sum_of_devices(out, rows)
+    return update(optimiser, model, opt_state, grads), value
 
 
 @eqx.filter_jit
@@ -272,6 +313,7 @@ def main(
     kl_annealing: int = 50,
     learning_rate: float = 0.01,
     decay: float = 0.999,
+    devices: int = 1,
     seed: int = 0,
     out: Path = Path("latent_sde_synthetic"),
     resume: Path | None = None,
@@ -283,13 +325,14 @@ def main(
         observed: the share of the observations that the model sees, at random.
         kl_annealing: steps until the divergence has its whole weight.
         decay: of the learning rate, in each step.
+        devices: that share each batch.
         out: where the figure and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
     if not 0 < observed <= 1:
         raise ValueError(f"`observed` is a share in (0, 1], but is {observed}.")
     settings = dict(locals())
-    for name in ("out", "resume"):
+    for name in ("devices", "out", "resume"):
         del settings[name]
     out.mkdir(parents=True, exist_ok=True)
     keys = jr.split(jr.key(seed), 8)
@@ -303,24 +346,10 @@ def main(
     seen, seen_later = jnp.split(seen, 2)
 
     model = eqx.filter_jit(LatentSDE)(dim, keys[3])
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(10.0),
-        optax.adam(optax.exponential_decay(learning_rate, 1, decay)),
-    )
-
-    @eqx.filter_jit
-    def step(state, series, seen, i):
-        data_key, path_key = jr.split(jr.fold_in(keys[4], i))
-        index = jr.choice(data_key, SERIES, (batch,), replace=False)
-        kl_weight = jnp.minimum(1.0, (i + 1).astype(float32) / kl_annealing)
-        model, opt_state = state
-        loss, grads = eqx.filter_value_and_grad(loss_fn)(
-            model, series[index], seen[index], kl_weight, path_key
-        )
-        return update(optimiser, model, opt_state, grads), loss
-
+    optimiser = make_optimiser(learning_rate, decay)
     state = (model, optimiser.init(eqx.filter(model, eqx.is_array)))
-    one_step = lambda state, i: step(state, series, seen, jnp.asarray(i))
+    step = make_step(train_step, (series, seen, keys[4]), batch, devices)
+    one_step = lambda state, i: step(state, i, batch, kl_annealing, optimiser)
     (model, _), losses = train(one_step, state, steps, settings, out, resume)
 
     scores = loss_scores(losses)
@@ -344,7 +373,7 @@ def main(
     path = out / f"{process}.png"
     arrays = (held_out, seen_later, prior, fitted)
     plot(path, *(np.asarray(x) for x in arrays))
-    print(f"Figure and checkpoints are in {out}/.")
+    say(f"Figure and checkpoints are in {out}/.")
     return scores
 
 
@@ -412,8 +441,7 @@ def plot(path: Path, held_out, seen, prior, fitted):
             ax.plot(middle, spread, "o-", color=colour, label=label)
         ax.set(title="Standard deviation of changes", xlabel="$y_1$")
         ax.legend(frameon=False)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

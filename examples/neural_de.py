@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from devices import Rows, normal
 from diffrax import (
     AbstractAdjoint,
     AbstractPath,
@@ -31,8 +32,8 @@ INITIAL_NOISE, NOISE, HIDDEN, WIDTH = 5, 3, 16, 16
 float32 = jnp.float32
 
 
-def brownian_interval(t0, t1, shape, key: PRNGKeyArray, dt) -> AbstractPath:
-    return BrownianInterval(t0, t1, shape, key, dt=dt)
+def brownian_interval(t0, t1, shape, key: PRNGKeyArray, dt, rows: Rows) -> AbstractPath:
+    return BrownianInterval(t0, t1, shape, key, dt=dt, rows=rows)
 
 
 class Method(NamedTuple):
@@ -197,7 +198,11 @@ class Generator(eqx.Module):
         self.steps_per_time = steps_per_time
 
     def __call__(
-        self, num: int, key: PRNGKeyArray, method: Method = REVERSIBLE
+        self,
+        num: int,
+        key: PRNGKeyArray,
+        method: Method = REVERSIBLE,
+        rows: Rows = None,
     ) -> Float[Array, "num times channels"]:
         """Series, each of its own noise."""
         start_key, path_key = jr.split(key)
@@ -205,8 +210,8 @@ class Generator(eqx.Module):
         steps = every * (self.times - 1 + self.is_averaged)
         dt = 1 / every
         struct = jax.ShapeDtypeStruct((num, NOISE), float32)
-        path = method.brownian(0.0, steps * dt, struct, path_key, dt)
-        start = jr.normal(start_key, (num, INITIAL_NOISE), float32)
+        path = method.brownian(0.0, steps * dt, struct, path_key, dt, rows)
+        start = normal(start_key, (num, INITIAL_NOISE), rows)
         saveat = SaveAt(t0=True, steps=True)
         series = self.sde(start, path, steps, dt, saveat, method)
         if self.is_averaged:

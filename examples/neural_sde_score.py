@@ -28,7 +28,8 @@ import numpy as np
 import optax
 import tyro
 from common import train, update
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from devices import Rows, gather, make_step, num_rows, sum_of_devices
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from neural_de import Generator, with_scales
 from series import TIMES, Name, load
 from series_metrics import evaluate
@@ -61,6 +62,15 @@ class SignatureKernelScore(eqx.Module):
         return within - 2 * jnp.mean(gram(x, y))
 
 
+class Data(NamedTuple):
+    """What a step takes: series, what is known of them, and how they are compared."""
+
+    series: Batch
+    is_seen: Bool[Array, "batch times channels"] | None
+    score: WindowedEnergyScore | SignatureKernelScore
+    key: PRNGKeyArray
+
+
 class State(NamedTuple):
     """Of the training."""
 
@@ -76,21 +86,29 @@ def make_optimiser(learning_rate: float, steps: int) -> optax.GradientTransforma
 
 def train_step(
     state: State,
-    series: Batch,
-    mask: Bool[Array, "batch times channels"] | None,
-    key: PRNGKeyArray,
-    num: int,
-    score: WindowedEnergyScore | SignatureKernelScore,
+    data: Data,
+    i: Int[Array, ""],
+    rows: Rows,
+    batch: int,
+    generated: int,
     optimiser: optax.GradientTransformation,
 ) -> tuple[State, Float[Array, ""]]:
-    """One step of the optimiser, with `num` generated series."""
-    sample_key, score_key = jr.split(key)
+    """One of the optimiser, with a batch of the data and of generated series, of which
+    each device generates its rows. The score is of all of them, and so on all devices.
+    """
+    data_key, step_key = jr.split(jr.fold_in(data.key, i))
+    sample_key, score_key = jr.split(step_key)
+    index = jr.choice(data_key, len(data.series), (batch,))
+    real, mask = jax.tree.map(lambda x: x[index], (data.series, data.is_seen))
+    num = num_rows(generated, rows)
 
     @eqx.filter_value_and_grad
     def loss(generator):
-        return score(series, generator(num, sample_key), score_key, mask)
+        x = gather(generator(num, sample_key, rows=rows), rows)
+        return data.score(real, x, score_key, mask)
 
     value, grads = loss(state.generator)
+    grads = sum_of_devices(grads, rows)
     return State(*update(optimiser, *state, grads)), value
 
 
@@ -114,6 +132,7 @@ def main(
     held_out: Literal["validation", "test"] = "test",
     metric_steps: int = 500,
     samples: int = 2048,
+    devices: int = 1,
     seed: int = 0,
     out: Path = Path("neural_sde_score"),
     resume: Path | None = None,
@@ -143,13 +162,14 @@ def main(
         held_out: what to compare with. Choose settings by `validation`.
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
+        devices: that share the generated series.
         out: where the figures and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
     if signature_kernel is not None and missing > 0:
         raise ValueError("`signature_kernel` takes no series with `missing` values.")
     settings = dict(locals())
-    for name in ("out", "resume", "held_out", "metric_steps", "samples"):
+    for name in ("out", "resume", "held_out", "metric_steps", "samples", "devices"):
         del settings[name]
     out.mkdir(parents=True, exist_ok=True)
     keys = jr.split(jr.key(seed), 5)
@@ -182,15 +202,10 @@ def main(
         generator = with_scales(generator, 4.0, 1.0)
         return State(generator, optimiser.init(eqx.filter(generator, eqx.is_array)))
 
-    @eqx.filter_jit
-    def step(state, score, series, is_seen, i):
-        data_key, step_key = jr.split(jr.fold_in(keys[2], i))
-        index = jr.choice(data_key, len(series), (batch,))
-        real, mask = jax.tree.map(lambda x: x[index], (series, is_seen))
-        return train_step(state, real, mask, step_key, generated, score, optimiser)
-
     untrained = start()
-    one_step = lambda state, i: step(state, score, series, is_seen, jnp.asarray(i))
+    train_data = Data(series, is_seen, score, keys[2])
+    step = make_step(train_step, train_data, generated, devices)
+    one_step = lambda state, i: step(state, i, batch, generated, optimiser)
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
     return evaluate(

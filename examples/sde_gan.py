@@ -25,6 +25,7 @@ import jax.random as jr
 import optax
 import tyro
 from common import train, update
+from devices import Rows, batch_size, make_step, sum_of_devices, take
 from diffrax import LinearInterpolation, Midpoint, SaveAt
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from neural_de import REVERSIBLE, Generator, Method, NeuralDE, with_scales
@@ -94,20 +95,27 @@ class Pair(NamedTuple):
 
 
 def score_difference(
-    models: Pair, series: Float[Array, "num times channels"], key, method: Method
+    models: Pair,
+    series: Float[Array, "num times channels"],
+    key: PRNGKeyArray,
+    method: Method,
+    rows: Rows,
 ) -> tuple[Float[Array, ""], Float[Array, "num times channels"]]:
     """What the critic gives to series of data, on average, more than to generated ones;
     and these.
 
     The critic is to make it large, and the generator to make it small.
     """
-    generated = models.generator(len(series), key, method)
+    generated = models.generator(len(series), key, method, rows)
     both = jnp.concatenate([series, generated])
     real, fake = jnp.split(criticise(models.critic, both, method), 2)
-    return jnp.mean(real) - jnp.mean(fake), generated
+    batch = batch_size(series, rows)
+    return jnp.sum(real) / batch - jnp.sum(fake) / batch, generated
 
 
-def penalty_gradient(critic: NeuralDE, series, weight: float, method: Method):
+def penalty_gradient(
+    critic: NeuralDE, series, weight: float, method: Method, rows: Rows = None
+):
     """The gradient, for the critic, of `weight * mean((|dD/dy| - 1)^2)`, in which `D`
     is the critic, and `y` is one of the series.
 
@@ -119,7 +127,7 @@ def penalty_gradient(critic: NeuralDE, series, weight: float, method: Method):
     slope = jax.grad(total, argnums=1)(critic, series)
     norm = jnp.sqrt(jnp.sum(slope**2, axis=(1, 2), keepdims=True))
     norm = jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
-    direction = 2 * weight / len(series) * (norm - 1) / norm * slope
+    direction = 2 * weight / batch_size(series, rows) * (norm - 1) / norm * slope
     gradient = lambda y: eqx.filter_grad(total)(critic, y)
     return eqx.filter_jvp(gradient, (series,), (direction,))[1]
 
@@ -184,21 +192,24 @@ def train_step(
     method: Method,
     penalty: float | None,
     averaged_from: int,
+    rows: Rows = None,
 ) -> tuple[State, Float[Array, ""]]:
     """One of both generator and critic, at once. The critic's gradient is penalised, or
     its weights are clipped.
     """
     path_key, mix_key = jr.split(key)
-    difference = lambda models: score_difference(models, series, path_key, method)
+    difference = lambda models: score_difference(models, series, path_key, method, rows)
     (loss, generated), grads = eqx.filter_value_and_grad(difference, has_aux=True)(
         state.models
     )
     grads = grads._replace(critic=jax.tree.map(jnp.negative, grads.critic))
     if penalty is not None:
-        share = jr.uniform(mix_key, (len(series), 1, 1), float32)
+        shape = (batch_size(series, rows), 1, 1)
+        share = take(jr.uniform(mix_key, shape, float32), rows)
         between = share * series + (1 - share) * generated
-        more = penalty_gradient(state.models.critic, between, penalty, method)
+        more = penalty_gradient(state.models.critic, between, penalty, method, rows)
         grads = grads._replace(critic=eqx.apply_updates(grads.critic, more))
+    loss, grads = sum_of_devices((loss, grads), rows)
     new = [
         update(*each)
         for each in zip(optimisers, state.models, state.opt_states, grads, strict=True)
@@ -224,6 +235,7 @@ def main(
     held_out: Literal["validation", "test"] = "test",
     metric_steps: int = 500,
     samples: int = 2048,
+    devices: int = 1,
     seed: int = 0,
     out: Path = Path("sde_gan"),
     resume: Path | None = None,
@@ -247,11 +259,12 @@ def main(
         held_out: what to compare with. Choose settings by `validation`.
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
+        devices: that share each batch.
         out: where the figures and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """
     settings = dict(locals())
-    for name in ("out", "resume", "held_out", "metric_steps", "samples"):
+    for name in ("out", "resume", "held_out", "metric_steps", "samples", "devices"):
         del settings[name]
     out.mkdir(parents=True, exist_ok=True)
     keys = jr.split(jr.key(seed), 5)
@@ -275,15 +288,16 @@ def main(
             models = models._replace(critic=clip_lipschitz(models.critic))
         return initial_state(models, optimisers)
 
-    @eqx.filter_jit
-    def step(state, series, i):
-        data_key, step_key = jr.split(jr.fold_in(keys[2], i))
-        real = series[jr.choice(data_key, len(series), (chosen.batch,))]
+    def step(state, data, i, rows):
+        series, key = data
+        data_key, step_key = jr.split(jr.fold_in(key, i))
+        index = jr.choice(data_key, len(series), (chosen.batch,))
+        real = series[take(index, rows)]
         args = (optimisers, method, penalty, steps // 2)
-        return train_step(state, real, i, step_key, *args)
+        return train_step(state, real, i, step_key, *args, rows)
 
     untrained = start()
-    one_step = lambda state, i: step(state, series, jnp.asarray(i))
+    one_step = make_step(step, (series, keys[2]), chosen.batch, devices)
     state, losses = train(one_step, untrained, steps, settings, out, resume)
 
     return evaluate(

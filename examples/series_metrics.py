@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import roughpy
 from common import loss_scores, plot_quantiles, report, update
+from devices import save_figure, say
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -298,7 +299,7 @@ def evaluate(
     scores = compare(data, generated, pair(*untrained), samples, steps, seed)
     scores = report(scores | loss_scores(losses))
     plot(out, name, data, generated[0])
-    print(f"Figures and checkpoints are in {out}/.")
+    say(f"Figures and checkpoints are in {out}/.")
     return scores
 
 
@@ -313,8 +314,7 @@ def plot(folder: Path, name: str, data: Data, generated: Series) -> None:
         fig = _figure(
             label, *(x[..., k : k + 1] for x in (held_out, generated, normal))
         )
-        fig.savefig(folder / f"{name}{f'_{k}' if k else ''}.png", dpi=150)
-        plt.close(fig)
+        save_figure(fig, folder / f"{name}{f'_{k}' if k else ''}.png")
 
 
 def _figure(label: str, held_out: Series, generated: Series, normal: Series) -> Figure:

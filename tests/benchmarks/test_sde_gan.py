@@ -121,7 +121,7 @@ def test_generator_step(gan, batch, promised, record_row):
         return jnp.mean(gan.criticise(critic, series, method))
 
     tree = gan.REVERSIBLE._replace(
-        brownian=lambda t0, t1, struct, key, dt: diffrax.VirtualBrownianTree(
+        brownian=lambda t0, t1, struct, key, dt, rows: diffrax.VirtualBrownianTree(
             t0, t1, 0.5, struct, key
         ),
         adjoint=diffrax.RecursiveCheckpointAdjoint(),
