@@ -109,8 +109,7 @@ def make_step(
         return Step(eqx.filter_jit(on_one), data, lambda tree: tree)
     if batch % devices != 0:
         raise ValueError(
-            f"`batch`: {batch} series are not the same number on each of {devices} "
-            "devices."
+            f"`devices`: {batch} rows are not the same number on each of {devices}."
         )
     if devices > jax.device_count():
         raise ValueError(f"`devices`: there are {jax.device_count()}, not {devices}.")

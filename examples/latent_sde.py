@@ -19,7 +19,7 @@ figure shows held-out windows, days from the prior next to days of the data, and
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -251,7 +251,7 @@ def posterior(
     return zs, kls[-1]
 
 
-def elbo(model: LatentSDE, series: Series, zs, kl, kl_weight=1.0):
+def elbo(model: LatentSDE, series: Series, zs, kl, kl_weight: Any = 1.0):
     """The evidence lower bound of latent paths, in nats."""
     error = (series.level - model.read(zs).T) / jnp.exp(model.log_noise)
     log_prob = -0.5 * error**2 - model.log_noise - 0.5 * jnp.log(2 * jnp.pi)

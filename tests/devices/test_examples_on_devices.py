@@ -178,7 +178,7 @@ def test_a_training_step_adds_up_gradients_once(
 def test_numbers_of_devices_that_cannot_be(example):
     make_step = example("devices").make_step
     step = lambda state, data, i, rows: (state, 0.0)
-    with pytest.raises(ValueError, match="`batch`: 6 series are not the same number"):
+    with pytest.raises(ValueError, match="`devices`: 6 rows are not the same number"):
         make_step(step, None, 6, 4)
     with pytest.raises(ValueError, match="`devices`: there are 8, not 16"):
         make_step(step, None, 32, 16)
