@@ -7,6 +7,7 @@ reference that is in neither this list nor the API pages fails the strict build.
 _diffrax = "https://docs.kidger.site/diffrax/api"
 _equinox = "https://docs.kidger.site/equinox/api"
 _lineax = "https://docs.kidger.site/lineax/api"
+_jax = "https://docs.jax.dev/en/latest"
 
 _pages = {
     f"{_diffrax}/adjoints/": [
@@ -52,6 +53,7 @@ _pages = {
     f"{_equinox}/errors/": ["equinox.error_if"],
     f"{_equinox}/module/module/": ["equinox.Module"],
     f"{_lineax}/operators/": ["lineax.AbstractLinearOperator"],
+    f"{_jax}/_autosummary/jax.shard_map.html": ["jax.shard_map"],
 }
 
 
