@@ -21,7 +21,7 @@ def test_changelog_starts_with_the_version():
 
 
 def test_account_is_in_one_file():
-    """What else names the repository is derived by `hatch_build.py`, or relative."""
+    """What else names the repository is derived by `docs/metadata.py`, or relative."""
     url = pyproject["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
     account, name = url.split("/")[-2:]
     named = re.compile(rf"\b{account}(/{name}|\.github\.io)".encode())
