@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from devices import is_first_process, say
+from devices import is_first_process, of_first_process, on_one_device, say
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
 from tqdm import tqdm
@@ -46,17 +46,20 @@ def train(
     resumed run makes the same draws, on any number of devices. Returns the last state,
     on one device, and the losses of all steps.
     """
-    done, losses = 0, []
-    if resume is not None:
+    done, losses = np.zeros((), np.int32), np.zeros(steps)
+    if resume is not None and is_first_process():
         with resume.open("rb") as file:
-            done, saved, losses = json.loads(file.readline())
+            done[()], saved, before = json.loads(file.readline())
             if saved != json.loads(json.dumps(settings)):
                 raise ValueError(f"`resume`: {resume} is of a run with {saved}.")
+            losses[:done] = before
             state = eqx.tree_deserialise_leaves(file, state)
+    done, losses, state = of_first_process((done, losses, state))
+    losses = list(losses[:done])
 
     progress = tqdm(
         range(done, steps),
-        initial=done,
+        initial=int(done),
         total=steps,
         desc=name,
         disable=not is_first_process(),
@@ -77,8 +80,7 @@ def train(
                 file.write(header.encode() + b"\n")
                 eqx.tree_serialise_leaves(file, state)
             path.with_suffix(".part").rename(path)
-    to_one = lambda x: jnp.asarray(np.asarray(x)) if eqx.is_array(x) else x
-    return jax.tree.map(to_one, state), np.array(losses, np.float64)
+    return on_one_device(state), np.array(losses, np.float64)
 
 
 def last_checkpoint(out: Path, name: str) -> Path | None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.figure import Figure
@@ -107,12 +108,12 @@ def make_step(
     if devices == 1 and jax.process_count() == 1:
         on_one = lambda state, data, i, *static: step(state, data, i, None, *static)
         return Step(eqx.filter_jit(on_one), data, lambda tree: tree)
+    if not 1 <= devices <= jax.device_count():
+        raise ValueError(f"`devices`: there are {jax.device_count()}, not {devices}.")
     if batch % devices != 0:
         raise ValueError(
             f"`devices`: {batch} rows are not the same number on each of {devices}."
         )
-    if devices > jax.device_count():
-        raise ValueError(f"`devices`: there are {jax.device_count()}, not {devices}.")
     if devices != jax.device_count() and jax.process_count() > 1:
         raise ValueError(
             f"`devices`: all {jax.device_count()} of the processes are to be used, not "
@@ -131,7 +132,11 @@ def make_step(
             first = jax.lax.axis_index(AXIS) * (batch // devices)
             args = eqx.combine(arrays, others)
             state, loss = step(*args, (first, batch), *static)
-            return eqx.filter(state, eqx.is_array), loss
+            new = eqx.filter(state, eqx.is_array)
+            # A solve that fails is not a number here, not an error: the others wait.
+            leaves = jax.tree.leaves(eqx.filter(new, eqx.is_inexact_array))
+            is_finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
+            return new, jnp.where(is_finite, loss, jnp.nan)
 
         # It is not checked what is the same on all devices, as `diffeqsolve` has
         # conditionals of which only one branch depends on the device.
@@ -155,6 +160,29 @@ def _place(x: Any, everywhere: NamedSharding) -> Any:
         return jax.random.wrap_key_data(_place(jax.random.key_data(x), everywhere))
     values = np.asarray(x)
     return jax.make_array_from_callback(x.shape, everywhere, lambda i: values[i])
+
+
+def on_one_device(tree: Tree) -> Tree:
+    """Arrays that are the same on all devices, on the first of this process."""
+
+    def to_one(x):
+        if eqx.is_array(x) and len(x.sharding.device_set) > 1:
+            return x.addressable_data(0)
+        return x
+
+    return jax.tree.map(to_one, tree)
+
+
+def of_first_process(tree: Tree) -> Tree:
+    """Arrays that the first of several processes has, for all of them."""
+    if jax.process_count() == 1:
+        return tree
+    is_array = lambda x: eqx.is_array(x) or isinstance(x, np.ndarray)
+    arrays, others = eqx.partition(tree, is_array)
+    sent = multihost_utils.broadcast_one_to_all(arrays)
+    # They come as arrays of NumPy.
+    alike = lambda x, y: jnp.asarray(x) if eqx.is_array(y) else np.asarray(x)
+    return eqx.combine(jax.tree.map(alike, sent, arrays), others)
 
 
 def is_first_process() -> bool:

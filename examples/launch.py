@@ -13,9 +13,15 @@ is all. See `docs/many_devices.md`.
 """
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
+
+
+# An error in one process would leave the others waiting. Instead, a solve that fails is
+# not a number, and the training stops in all of them. It is read at import.
+os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 import jax
 

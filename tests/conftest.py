@@ -7,7 +7,9 @@ import pathlib
 import sys
 
 
-if not any("benchmarks" in argument for argument in sys.argv):
+if not any(
+    "benchmarks" in pathlib.Path(x).parts for x in sys.argv if not x.startswith("-")
+):
     # One CPU is several devices. What does not ask for them runs on the first, and a
     # little differently, so there are none in benchmarks.
     os.environ["XLA_FLAGS"] = " ".join(

@@ -1,5 +1,6 @@
 """What `BrownianInterval` accepts: its arguments, checked and made arrays."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -138,20 +139,18 @@ def check_shape(shape: Any) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 def check_rows(
-    rows: tuple[int | Int[Array, ""], int], leaves: list[jax.ShapeDtypeStruct]
+    rows: tuple[int | Int[Array, ""], int],
+    leaves: list[jax.ShapeDtypeStruct],
+    num_components: int,
 ) -> Rows:
     """`rows` of arrays with the shapes of `leaves`."""
-    if not isinstance(rows, tuple) or len(rows) != 2:
-        raise ValueError(
-            "`BrownianInterval(rows=...)` must be a pair `(first, total)`, but is "
-            f"{rows}."
-        )
     first, total = rows
     if not hasattr(total, "__index__") or isinstance(total, jax.core.Tracer):
         raise ValueError(
             "`BrownianInterval(rows=(first, total))` must have an integer `total` that "
             f"is not traced, but has {total}."
         )
+    total = operator.index(total)
     if not jnp.issubdtype(jnp.result_type(first), jnp.integer) or jnp.ndim(first) != 0:
         raise ValueError(
             "`BrownianInterval(rows=(first, total))` must have an integer `first`, but "
@@ -162,22 +161,24 @@ def check_rows(
             "`BrownianInterval(rows=...)` needs a `shape` whose arrays all have the "
             "same number of rows, along the first axis."
         )
+    sizes = [num_components * total * math.prod(x.shape[1:]) for x in leaves]
+    if max(total, *sizes) >= 2**31:
+        raise ValueError(
+            "`BrownianInterval(rows=(first, total))` must be of a batch with less than "
+            "2**31 numbers in an increment, of all `total` rows."
+        )
     if not jax.config.jax_threefry_partitionable:
         raise ValueError(
             "`BrownianInterval(rows=...)` needs JAX's option "
             "`jax_threefry_partitionable`, which is on by default."
         )
-    with jax.ensure_compile_time_eval():
-        first = jnp.asarray(first, jnp.int32)
-    total = operator.index(total)
-    rows = Rows(first, total)
-    is_within = rows.hold(leaves[0].shape[0])
-    if not isinstance(is_within, jax.core.Tracer) and not is_within:
+    is_known = not isinstance(first, jax.core.Tracer)
+    if is_known and not 0 <= operator.index(first) <= total - leaves[0].shape[0]:
         raise ValueError(
             f"`BrownianInterval(rows=({first}, {total}))`: `first` and the rows after "
             "it, as many as `shape` has, are not among those of the batch."
         )
-    return rows
+    return Rows(jnp.asarray(first, jnp.int32), total)
 
 
 def check_key(key: PRNGKeyArray) -> Key[Array, ""]:

@@ -3,8 +3,9 @@
 Each evaluation of JAX's hash function makes 64 random bits. `jax.random.normal` folds
 them into 32 for a number in single precision; here they are two numbers. As hashing is
 most of the cost of a number on a CPU, they take 0.5-0.7 times as long for large arrays.
-Numbers in double precision are those of `jax.random.normal`. Half precision is drawn in
-single: few bits have a bias, which adds up over many cells.
+Numbers in double precision are those of `jax.random.normal`, as it is by default (with
+JAX's option `jax_threefry_partitionable`). Half precision is drawn in single: few bits
+have a bias, which adds up over many cells.
 
 Some rows of arrays are drawn alone, and are those of whole arrays: each hash is of the
 key and of a number that counts them.
@@ -45,8 +46,7 @@ class Rows(eqx.Module):
 
     def hold(self, num: int) -> Bool[Array, ""]:
         """Whether there are `num` rows from the first on."""
-        with jax.ensure_compile_time_eval():
-            return (self.first >= 0) & (self.first <= self.total - num)
+        return (self.first >= 0) & (self.first <= self.total - num)
 
 
 def draw(
@@ -174,9 +174,9 @@ def _hash_leaf(
 def _hash_rows(
     key: Key[Array, ""], like: jax.ShapeDtypeStruct, rows: Rows, two_a_hash: bool
 ) -> UInt32[Array, "numbers words"]:
-    """As for whole arrays: `i` of them is made of the `i`-th hash; or if there are two
-    numbers in each, of the first word of that, or of the second of one that is half of
-    all before.
+    """As for whole arrays, of which number `i` is made of hash `i`; or if there are two
+    numbers of each hash, of the first word of hash `i` if this is less than `half`, and
+    else of the second word of hash `i - half`.
     """
     num, count, *rest = like.shape
     stride = math.prod(rest)

@@ -143,9 +143,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
             self._cells = OneCell(self.t0, self.t1)
         leaves, treedef = jtu.tree_flatten(check_shape(shape))
         self._shape = (tuple(leaves), treedef)
-        self._rows = None if rows is None else check_rows(rows, leaves)
         self.key = check_key(key)
         self.levy_area = levy_area
+        self._rows = None
+        if rows is not None:
+            self._rows = check_rows(rows, leaves, num_components[levy_area])
 
     @property
     def shape(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -338,8 +340,8 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     path is rows `first`, `first + 1`, ... of a path with the same key that has `total`
     rows, along the first axis of each array of `shape`. `first` may be traced, such as
     `jax.lax.axis_index(...) * shape[0]` in a [`jax.shard_map`][]; then the path is not
-    a number if there are no such rows. Numbers in half and single precision take twice
-    as long to draw: each comes of a hash of its own.
+    a number if there are no such rows. Numbers in half and single precision take two to
+    three times as long to draw: each comes of a hash of its own.
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
 

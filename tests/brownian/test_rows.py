@@ -35,28 +35,29 @@ def increments(path):
 
 
 @pytest.mark.parametrize(
-    "dtype, total, rest, parts",
+    "dtype, total, num, rest",
     [
-        (jnp.float32, 6, [(3,)], [(0, 2), (2, 2), (4, 2)]),
+        (jnp.float32, 6, 2, [(3,)]),
         # An odd number of numbers: two of a hash are in different parts.
-        pytest.param(
-            jnp.float32, 5, [(), (1, 3)], [(0, 2), (2, 3)], marks=pytest.mark.slow
-        ),
-        pytest.param(jnp.float64, 4, [(3,)], [(1, 3)], marks=pytest.mark.slow),
-        pytest.param(jnp.float16, 4, [(3,)], [(1, 3)], marks=pytest.mark.slow),
-        pytest.param(jnp.complex64, 3, [(1,)], [(1, 2)], marks=pytest.mark.slow),
+        pytest.param(jnp.float32, 5, 2, [(), (1, 3)], marks=pytest.mark.slow),
+        pytest.param(jnp.float64, 4, 3, [(3,)], marks=pytest.mark.slow),
+        pytest.param(jnp.float16, 4, 3, [(3,)], marks=pytest.mark.slow),
+        pytest.param(jnp.complex64, 3, 2, [(1,)], marks=pytest.mark.slow),
     ],
 )
-def test_rows_are_those_of_the_whole(dtype, total, rest, parts):
-    whole = jax.jit(lambda: increments(make(total, dtype, rest)))()
-    num = parts[-1][1]
-    of_rows = jax.jit(lambda i: increments(make(num, dtype, rest, (i, total))))
+def test_rows_are_those_of_the_whole(dtype, total, num, rest):
     tol = max(float(jnp.finfo(dtype).eps), 1e-7) * 8
-    for first, count in parts:
-        if count == num:
-            for x, y in zip(of_rows(first), whole, strict=True):
-                y = y[:, first : first + count]
-                np.testing.assert_allclose(x, y, rtol=tol, atol=tol)
+    firsts = jnp.arange(total - num + 1)
+
+    @jax.jit
+    def both():
+        of_rows = lambda i: increments(make(num, dtype, rest, (i, total)))
+        return increments(make(total, dtype, rest)), jax.vmap(of_rows)(firsts)
+
+    for whole, parts in zip(*both(), strict=True):
+        for i in firsts:
+            expected = whole[:, i : i + num]
+            np.testing.assert_allclose(parts[i], expected, rtol=tol, atol=tol)
 
 
 def test_first_row_of_one_that_is_one_number():
@@ -81,12 +82,16 @@ def test_rows_that_are_none(monkeypatch):
     for rows, message in [
         ((4, 5), "not among those of the batch"),
         ((-1, 5), "not among those of the batch"),
-        (3, "must be a pair"),
+        ((2**32, 5), "not among those of the batch"),
+        ((0, 2**31), "less than 2\\*\\*31 numbers"),
         ((0, 5.0), "must have an integer `total`"),
         ((0.0, 5), "must have an integer `first`"),
     ]:
         with pytest.raises(ValueError, match=message):
             BrownianInterval(0.0, 1.0, (2,), jr.key(0), rows=rows)
+    with pytest.raises(ValueError, match="less than"):
+        area = diffrax.SpaceTimeTimeLevyArea
+        BrownianInterval(0.0, 1.0, (2, 2), jr.key(0), rows=(0, 2**29), levy_area=area)
     with pytest.raises(ValueError, match="same number of rows"):
         BrownianInterval(0.0, 1.0, (), jr.key(0), rows=(0, 5))
 

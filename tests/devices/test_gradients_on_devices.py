@@ -69,9 +69,9 @@ def terms_of(y0, key, rows):
 
 
 def solve(terms, solver, y0, model, **kwargs):
-    times = jnp.asarray(TIMES, jax.tree.leaves(y0)[0].dtype)
-    adjoint = StochasticAdjoint()
-    return diffeqsolve(terms, solver, *times, y0, model, adjoint=adjoint, **kwargs).ys
+    t0, t1, dt = jnp.asarray(TIMES, jax.tree.leaves(y0)[0].dtype)
+    kwargs["adjoint"] = StochasticAdjoint()
+    return diffeqsolve(terms, solver, t0, t1, dt, y0, model, **kwargs).ys
 
 
 # Each is of some rows of a batch, and adds up to that of the whole; and returns the
@@ -150,7 +150,6 @@ def on_devices(value_and_grad, num, params, y0, key):
         (reverse, (2, 4, 8), jnp.float32),
         (reverse, (8,), jnp.float64),
         (replay, (4,), jnp.float32),
-        (replay, (2,), jnp.float64),
         (divergence, (8,), jnp.float32),
         (adaptive, (4,), jnp.float64),
     ],
