@@ -7,6 +7,8 @@ window.MathJax = {
     processEnvironments: true,
   },
   options: {
+    // It would load what the site does not have.
+    enableMenu: false,
     ignoreHtmlClass: ".*|",
     processHtmlClass: "arithmatex",
   },
