@@ -1,5 +1,5 @@
-"""Copies MathJax and its fonts into the site, from a package of the `docs` extra, so that
-a page fetches nothing from elsewhere.
+"""Copies MathJax and its fonts into the site, from a package of the `docs` extra, so
+that a page fetches nothing from elsewhere.
 """
 
 import importlib.metadata
