@@ -126,7 +126,7 @@ def main(site: Path, out: Path) -> int:
                     links[url] = page.evaluate(find_links)
                 page.close()
         browser.close()
-    errors += broken_links(links)
+    errors = [*dict.fromkeys(errors), *broken_links(links)]
     for error in errors:
         print(error.replace(root, "/"), file=sys.stderr)
     print(f"{len(names)} pages, {len(errors)} errors, pictures in {out}")
