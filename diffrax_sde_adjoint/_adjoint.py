@@ -146,7 +146,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     paths have no derivative in time.) Gradients can be differentiated in forward mode,
     as in `jax.hessian`.
 
-    ??? info "What is not supported"
+    !!! info "What is not supported"
 
         The following raise an error:
 

@@ -60,6 +60,7 @@ def test_rows_are_those_of_the_whole(dtype, total, num, rest):
             np.testing.assert_allclose(parts[i], expected, rtol=tol, atol=tol)
 
 
+@pytest.mark.slow
 def test_first_row_of_one_that_is_one_number():
     for num in (1, 2):
         path = BrownianInterval(0.0, 1.0, (num,), jr.key(0))
