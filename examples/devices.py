@@ -75,7 +75,7 @@ def sum_of_devices(tree: Tree, rows: Rows) -> Tree:
 class Step(NamedTuple):
     """A compiled step of the training: see `make_step`."""
 
-    jitted: Callable[..., Any]
+    jitted: Any  # of `equinox.filter_jit`
     data: PyTree[Any]
     place: Callable[[PyTree[Any]], PyTree[Any]]
 

@@ -167,7 +167,8 @@ def check_rows(
             "`BrownianInterval(rows=(first, total))` must be of a batch with less than "
             "2**31 numbers in an increment, of all `total` rows."
         )
-    if not jax.config.jax_threefry_partitionable:
+    # pyright does not know of JAX's options.
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore
         raise ValueError(
             "`BrownianInterval(rows=...)` needs JAX's option "
             "`jax_threefry_partitionable`, which is on by default."

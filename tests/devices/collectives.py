@@ -11,6 +11,7 @@ _collective = re.compile(
 def collectives(hlo: str) -> tuple[list[str], list[str]]:
     """The names of those in loops, and of the others."""
     bodies: dict[str, list[str]] = {}
+    current: list[str] = []
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         if header:

@@ -171,7 +171,7 @@ def test_gradients_do_not_depend_on_the_number_of_devices(fn, nums, dtype):
     for num in nums:
         compiled, got, steps = on_devices(value_and_grad, num, *args)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=tol * scale)
+            np.testing.assert_allclose(x, y, rtol=0, atol=float(tol * scale))
         assert jax.tree.all(jax.tree.map(jnp.array_equal, steps, num_steps))
         in_loops, others = collectives(compiled.as_text())
         assert in_loops == []
