@@ -1,6 +1,8 @@
 """The examples learn."""
 
+import ast
 import importlib
+import re
 from pathlib import Path
 
 import diffrax
@@ -16,6 +18,10 @@ from diffrax import DirectAdjoint, Midpoint
 from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = ("neural_sde",)
+
+
 @pytest.fixture(autouse=True)
 def _default_dtype():
     """float32, and no float64, as when an example is run."""
@@ -27,8 +33,49 @@ def _default_dtype():
 @pytest.fixture
 def example(monkeypatch):
     """Imports an example, as if it was run from its folder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_short_programs_are_short(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= 70
+    others = {path.stem for path in EXAMPLES.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {x.name for x in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert "diffrax_sde_adjoint" in imported and not imported & others
+    page = EXAMPLES.parent / "docs" / "examples" / f"{name}.md"
+    assert f"--8<--\n{name}.py\n--8<--\n" in page.read_text()
+
+
+@pytest.fixture
+def printed(example, capsys):
+    """The numbers in each line that a short program prints."""
+
+    def numbers(name, **settings):
+        with jax.numpy_dtype_promotion("standard"):  # optax is not made for "strict"
+            example(name).main(**settings)
+        lines = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(
+            r"a gradient: [0-9.]+ ms; by diffrax's default: [0-9.]+ ms", lines[-1]
+        )
+        number = r"-?[0-9]+\.[0-9]*(?:e[+-]?[0-9]+)?"
+        return [[float(x) for x in re.findall(number, line)] for line in lines]
+
+    return numbers
+
+
+@pytest.mark.slow
+def test_short_neural_sde(printed):
+    *losses, generated, other, _ = printed("neural_sde", steps=50, batch=32)
+    first, last = losses[0][0], losses[-1][0]
+    assert last < 0.5 * first
+    assert other[0] < generated[0] < 0.5 * first
 
 
 def test_training_continues_from_a_checkpoint(example, tmp_path):
