@@ -19,7 +19,7 @@ from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = ("neural_sde", "heston")
+SHORT = ("neural_sde", "heston", "neural_cde")
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,13 @@ def test_short_heston(printed):
     assert true == pytest.approx([1, 0.2, xi * rho, xi * (1 - rho**2) ** 0.5], rel=1e-2)
     error = np.abs(found - true)
     assert np.all(error[:3] < [1e-6, 0.02, 0.05]) and error[3] < 0.2
+
+
+@pytest.mark.slow
+def test_short_neural_cde(printed):
+    *losses, accuracy, _ = printed("neural_cde", steps=60, batch=32)
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert accuracy[0] > 0.9
 
 
 def test_training_continues_from_a_checkpoint(example, tmp_path):
