@@ -43,7 +43,7 @@ def main(*, steps: int = 1000, batch: int = 128, seed: int = 0):
     keys = jr.split(jr.key(seed), 9)
     sample = eqx.filter_jit(eqx.filter_vmap(generate, in_axes=(None, 0, None)))
     data, other = (sample(VAN_DER_POL, jr.split(k, 1024), True) for k in keys[:2])
-    score = dsa.WindowedEnergyScore(data)
+    score = dsa.WindowedEnergyScore(data, weight_of_whole=1.0)
     model = [eqx.nn.MLP(DIM, n, 32, 2, key=keys[n]) for n in (DIM, 2 * DIM)]
     optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     state = optimiser.init(eqx.filter(model, eqx.is_array))
