@@ -1,6 +1,8 @@
 """The examples learn."""
 
+import ast
 import importlib
+import re
 from pathlib import Path
 
 import diffrax
@@ -16,6 +18,10 @@ from diffrax import DirectAdjoint, Midpoint
 from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = ("neural_sde", "heston", "neural_cde")
+
+
 @pytest.fixture(autouse=True)
 def _default_dtype():
     """float32, and no float64, as when an example is run."""
@@ -27,8 +33,97 @@ def _default_dtype():
 @pytest.fixture
 def example(monkeypatch):
     """Imports an example, as if it was run from its folder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_short_programs_are_short(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= 70
+    others = {path.stem for path in EXAMPLES.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {x.name for x in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert "diffrax_sde_adjoint" in imported and not imported & others
+    page = EXAMPLES.parent / "docs" / "examples" / f"{name}.md"
+    assert f"--8<--\n{name}.py\n--8<--\n" in page.read_text()
+
+
+@pytest.fixture
+def printed(example, capsys):
+    """The numbers in each line that a short program prints."""
+
+    def numbers(name, **settings):
+        with jax.numpy_dtype_promotion("standard"):  # optax is not made for "strict"
+            example(name).main(**settings)
+        lines = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(
+            r"a gradient: [0-9.]+ ms; by diffrax's default: [0-9.]+ ms", lines[-1]
+        )
+        number = r"-?[0-9]+\.[0-9]*(?:e[+-]?[0-9]+)?"
+        return [[float(x) for x in re.findall(number, line)] for line in lines]
+
+    return numbers
+
+
+@pytest.mark.slow
+def test_short_neural_sde(printed):
+    *losses, generated, other, _ = printed("neural_sde", steps=50, batch=32)
+    first, last = losses[0][0], losses[-1][0]
+    assert last < 0.5 * first
+    assert other[0] < generated[0] < 0.5 * first
+
+
+def heston_call(s0, v0, xi, rho, *, strike=1.0, kappa=2.0, theta=0.04, t1=1.0):
+    """By an integral of the characteristic function, as in Lewis 2001, "A simple option
+    formula for general jump-diffusion and other exponential Lévy processes".
+    """
+    u = np.arange(0.005, 200, 0.01)
+    z = 0.5 + 1j * u
+    b = kappa - rho * xi * z
+    d = np.sqrt(b**2 + xi**2 * (z - z**2))
+    g, decay = (b - d) / (b + d), np.exp(-d * t1)
+    of_theta = (b - d) * t1 - 2 * np.log((1 - g * decay) / (1 - g))
+    of_v0 = (b - d) * (1 - decay) / (1 - g * decay)
+    exponent = (kappa * theta * of_theta + v0 * of_v0) / xi**2
+    wave = np.exp(exponent + 1j * u * np.log(s0 / strike)).real
+    integral = 0.01 * np.sum(wave / (u**2 + 0.25))
+    return s0 - np.sqrt(s0 * strike) * integral / np.pi
+
+
+def test_closed_form_of_a_call():
+    # Of Black and Scholes, where the variance hardly varies.
+    volatility = 0.2
+    norm = scipy.stats.norm
+    exact = 2 * norm.cdf(volatility / 2) - 1
+    assert abs(heston_call(1.0, 0.04, 1e-3, 0.0) - exact) < 1e-6
+
+
+@pytest.mark.slow
+def test_short_heston(printed):
+    greeks, fitted, _ = printed("heston", paths=4096, steps=40)
+    xi, rho = 0.3, -0.7
+    call = lambda s0, root: heston_call(s0, root**2, xi, rho)
+    delta = (call(1.001, 0.2) - call(0.999, 0.2)) / 0.002
+    vega = (call(1.0, 0.201) - call(1.0, 0.199)) / 0.002
+    for found in (greeks[:2], greeks[2:]):
+        assert found == pytest.approx([delta, vega], rel=0.05)
+    assert greeks[:2] == pytest.approx(greeks[2:], rel=0.01)
+    found, true = np.split(np.array(fitted), 2)
+    assert true == pytest.approx([1, 0.2, xi * rho, xi * (1 - rho**2) ** 0.5], rel=1e-2)
+    error = np.abs(found - true)
+    assert np.all(error[:3] < [1e-6, 0.02, 0.05]) and error[3] < 0.2
+
+
+@pytest.mark.slow
+def test_short_neural_cde(printed):
+    *losses, accuracy, _ = printed("neural_cde", steps=60, batch=32)
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert accuracy[0] > 0.9
 
 
 def test_training_continues_from_a_checkpoint(example, tmp_path):
