@@ -105,7 +105,7 @@ def test_closed_form_of_a_call():
 
 @pytest.mark.slow
 def test_short_heston(printed):
-    greeks, fitted, _ = printed("heston", paths=4096, steps=40)
+    greeks, fitted, _ = printed("heston", paths=4096, steps=80)
     xi, rho = 0.3, -0.7
     call = lambda s0, root: heston_call(s0, root**2, xi, rho)
     delta = (call(1.001, 0.2) - call(0.999, 0.2)) / 0.002
