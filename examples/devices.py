@@ -72,6 +72,17 @@ def sum_of_devices(tree: Tree, rows: Rows) -> Tree:
     return tree if rows is None else jax.lax.psum(tree, AXIS)
 
 
+def value_and_grad(loss: Callable[..., Float[Array, ""]], rows: Rows):
+    """As [`equinox.filter_value_and_grad`][], added up over devices: for a loss that is
+    a sum over rows of a batch, of which each device has some.
+    """
+
+    def summed(*args):
+        return sum_of_devices(eqx.filter_value_and_grad(loss)(*args), rows)
+
+    return summed
+
+
 class Step(NamedTuple):
     """A compiled step of the training: see `make_step`."""
 

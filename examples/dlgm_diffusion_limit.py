@@ -38,8 +38,8 @@ from devices import (
     normal,
     save_figure,
     say,
-    sum_of_devices,
     take,
+    value_and_grad,
 )
 from diffrax import (
     AbstractAdjoint,
@@ -206,8 +206,8 @@ def train_step(state, data, i, rows: Rows, layers: int | None, steps: int, batch
     data_key, noise_key = jr.split(jr.fold_in(key, i))
     y = take(jr.choice(data_key, points, (batch,)), rows)
     model, opt_state = state
-    out = eqx.filter_value_and_grad(free_energy)(model, y, layers, noise_key, rows)
-    loss, grads = sum_of_devices(out, rows)
+    of_model = value_and_grad(free_energy, rows)
+    loss, grads = of_model(model, y, layers, noise_key, rows)
     return update(adam(steps), model, opt_state, grads), loss
 
 

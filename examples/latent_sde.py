@@ -31,7 +31,7 @@ import numpy as np
 import optax
 import tyro
 from common import coordinatewise, loss_scores, normal_kl, report, train, update
-from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
+from devices import Rows, make_step, normal, save_figure, say, take, value_and_grad
 from diffrax import (
     ControlTerm,
     LinearInterpolation,
@@ -311,8 +311,7 @@ def train_step(state, data, i, rows: Rows, steps: int, batch: int):
         return -elbo(model, windows, zs, kl, kl_weight) / num_readings
 
     model, opt_state = state
-    out = eqx.filter_value_and_grad(loss)(model)
-    value, grads = sum_of_devices(out, rows)
+    value, grads = value_and_grad(loss, rows)(model)
     return update(adam(steps), model, opt_state, grads), value
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 import tyro
 from common import loss_scores, normal_kl, plot_quantiles, report, train, update
-from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
+from devices import Rows, make_step, normal, save_figure, say, take, value_and_grad
 from diffrax import (
     AbstractAdjoint,
     AbstractSolver,
@@ -381,8 +381,7 @@ def train_step(
         return total / num_readings
 
     model, opt_state = state
-    out = eqx.filter_value_and_grad(loss)(model)
-    value, grads = sum_of_devices(out, rows)
+    value, grads = value_and_grad(loss, rows)(model)
     return update(adam(steps), model, opt_state, grads), value
 
 

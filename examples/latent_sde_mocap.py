@@ -56,8 +56,8 @@ from devices import (
     normal,
     save_figure,
     say,
-    sum_of_devices,
     take,
+    value_and_grad,
 )
 from diffrax import ControlTerm, Euler, MultiTerm, ODETerm, SaveAt, diffeqsolve
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -381,10 +381,9 @@ def train_step(state, data, i, rows: Rows, num_frames: int, recipe: Recipe):
     x = take(window(sequences, num_frames, recipe.warp, window_key), rows)
     done = (i + 1).astype(float32)
     kl_weight = recipe.kl_weight * jnp.minimum(1, done / recipe.kl_annealing)
-    out = eqx.filter_value_and_grad(loss_fn)(
+    loss, grads = value_and_grad(loss_fn, rows)(
         model, x, kl_weight, recipe, path_key, noise_key, rows
     )
-    loss, grads = sum_of_devices(out, rows)
     model, opt_state = update(adam(recipe), model, opt_state, grads)
     rate = jnp.maximum(1 - recipe.average, 1 / done)
     average = jax.tree.map(

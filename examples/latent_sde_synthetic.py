@@ -36,7 +36,7 @@ from common import (
     train,
     update,
 )
-from devices import Rows, make_step, normal, save_figure, say, sum_of_devices, take
+from devices import Rows, make_step, normal, save_figure, say, take, value_and_grad
 from diffrax import (
     ControlTerm,
     Euler,
@@ -268,8 +268,7 @@ def train_step(
         return total / size
 
     model, opt_state = state
-    out = eqx.filter_value_and_grad(loss)(model)
-    value, grads = sum_of_devices(out, rows)
+    value, grads = value_and_grad(loss, rows)(model)
     return update(optimiser, model, opt_state, grads), value
 
 
