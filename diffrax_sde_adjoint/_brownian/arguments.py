@@ -12,11 +12,21 @@ import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Float, Int, Key, PRNGKeyArray, PyTree, Real
+from jaxtyping import (
+    Array,
+    ArrayLike,
+    Float,
+    Inexact,
+    Int,
+    Key,
+    PRNGKeyArray,
+    PyTree,
+    Real,
+)
 
 from .._compat import RealScalarLike
 from .._misc import error_if
-from .draws import Rows
+from .draws import Rows, at_least_single
 
 
 # A time within this many units of rounding of an edge, or of a point that halving a
@@ -136,6 +146,31 @@ def check_shape(shape: Any) -> PyTree[jax.ShapeDtypeStruct]:
                 f"has a leaf of dtype {x.dtype}."
             )
     return shape
+
+
+def check_end(
+    end: PyTree[ArrayLike], shape: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[Inexact[Array, "..."]]:
+    """`end` of a path with arrays of `shape`, in single precision at least."""
+    if jtu.tree_structure(end) != jtu.tree_structure(shape):
+        raise ValueError(
+            "`BrownianInterval(end=...)` must be a PyTree of arrays with the structure "
+            f"of `shape`, {jtu.tree_structure(shape)}, but has the structure "
+            f"{jtu.tree_structure(end)}."
+        )
+
+    def check(x, like):
+        is_kind = jnp.iscomplexobj(like) or not jnp.iscomplexobj(x)
+        if jnp.shape(x) != like.shape or not is_kind:
+            raise ValueError(
+                "`BrownianInterval(end=...)` must have arrays with the shapes of "
+                "`shape`, that are real where these are, but has one of shape "
+                f"{jnp.shape(x)} and dtype {jnp.result_type(x)}, instead of "
+                f"{like.shape} and {like.dtype}."
+            )
+        return at_least_single(jnp.asarray(x, like.dtype))
+
+    return jtu.tree_map(check, end, shape)
 
 
 def check_rows(

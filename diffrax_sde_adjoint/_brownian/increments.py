@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Key, PyTree
 
 from .draws import Rows, draw
 
@@ -104,6 +104,17 @@ def join(left: Increment, right: Increment) -> Increment:
         return jnp.stack([x + y for x, y in contributions])
 
     return Increment(dt, jtu.tree_map(join_leaf, left.components, right.components))
+
+
+def add_constant(inc: Increment, constant: PyTree[Inexact[Array, "..."]]) -> Increment:
+    """A path whose white noise is larger by a constant: its `W` is, by the constant
+    times `dt`, and the kernels of `H` and `K` have mean zero.
+    """
+
+    def add_leaf(x, c):
+        return x.at[0].add(inc.dt.astype(x.dtype) * c)
+
+    return Increment(inc.dt, jtu.tree_map(add_leaf, inc.components, constant))
 
 
 def reverse_if(pred: Bool[Array, ""], inc: Increment) -> Increment:

@@ -16,12 +16,23 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Inexact,
+    Int,
+    Key,
+    PRNGKeyArray,
+    PyTree,
+)
 
 from .._compat import RealScalarLike, control_of_solver, nondifferentiable
 from .._misc import error_with_values_if
 from .arguments import (
     KnownTimes,
+    check_end,
     check_key,
     check_options,
     check_rows,
@@ -34,8 +45,8 @@ from .arguments import (
 )
 from .cells import AbstractCells, ConstantStepCells, ListedCells, OneCell
 from .draws import Rows, at_least_single
-from .increments import Increment
-from .query import Source, any_query, draw_cell, run_if
+from .increments import Increment, add_constant
+from .query import Source, any_query, draw_cell, run_if, value_at_end
 
 
 _LevyArea = type[
@@ -111,6 +122,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
     # Flattened, as a static field has to be hashable and a PyTree need not be.
     _shape: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
     _rows: Rows | None
+    # What is added to the white noise, for a path with a given end.
+    _constant: PyTree[Inexact[Array, "..."]] | None
 
     def __init__(
         self,
@@ -124,6 +137,7 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         levy_area: _LevyArea = diffrax.BrownianIncrement,
         levels: int | None = None,
         rows: tuple[int | Int[Array, ""], int] | None = None,
+        end: PyTree[ArrayLike] | None = None,
         tol: Any = None,
     ):
         self.levels = check_options(
@@ -148,6 +162,11 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         self._rows = None
         if rows is not None:
             self._rows = check_rows(rows, leaves, num_components[levy_area])
+        self._constant = None
+        if end is not None:
+            length = lax.stop_gradient(self.t1 - self.t0)
+            end = check_end(end, self.shape)
+            self._constant = _constant_for(end, length, self._source)
 
     @property
     def shape(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -292,6 +311,8 @@ class BrownianInterval(diffrax.AbstractBrownianPath):
         return Source(self.key, cells, self.levels, like, num, self._rows)
 
     def _to_diffrax(self, inc: Increment) -> diffrax.AbstractBrownianIncrement:
+        if self._constant is not None:
+            inc = add_constant(inc, self._constant)
         # A complex path has real lengths.
         dt = jtu.tree_map(lambda x: inc.dt.astype(jnp.finfo(x.dtype).dtype), self.shape)
 
@@ -342,6 +363,10 @@ BrownianInterval.__init__.__doc__ = """**Arguments:**
     `jax.lax.axis_index(...) * shape[0]` in a [`jax.shard_map`][]; then the path is not
     a number if there are no such rows. Numbers in half and single precision take two to
     three times as long to draw: each comes of a hash of its own.
+- `end`: what the path adds from `t0` to `t1`: arrays (or numbers) with the PyTree
+    structure and the shapes of `shape`. Then this is a Brownian bridge, which has the
+    law of the path given that value; by default it is any. The cells are drawn once
+    more, when the path is made. Can be differentiated with respect to.
 - `tol`: not an argument of this path; there for an error that tells those who come from
     [`diffrax.VirtualBrownianTree`][] what to pass instead.
 
@@ -353,6 +378,19 @@ different ways are different paths, even for the same key.
 `ValueError` for arguments outside of what is said above, or both of `dt` and `ts`. If
 the offending value is traced by JAX, an error when run.
 """
+
+
+@eqx.filter_jit
+def _constant_for(
+    end: PyTree[Inexact[Array, "..."]], length: Float[Array, ""], source: Source
+) -> PyTree[Inexact[Array, "..."]]:
+    """What added to the white noise of a path makes it end there. All that `W` at the
+    end is correlated with is this, the mean of the noise: it alone changes, and what is
+    left of the noise has the law that it has given any end.
+    """
+    constant = lambda x, y: (x - y) / length.astype(y.dtype)
+    return jtu.tree_map(constant, end, value_at_end(source))
+
 
 _bad_query = (
     "`BrownianInterval.evaluate(t0, t1)` was called from {} to {}, but the path is "

@@ -49,6 +49,17 @@ def draw_cell(source: Source, i: Int[Array, ""], dt: Float[Array, ""]) -> Increm
     return increments.sample(key, at_least_single(dt), source.like, source.rows)
 
 
+def value_at_end(source: Source) -> PyTree[Array]:
+    """What the path adds over all of its cells; in single precision at least."""
+    cells = source.cells
+    get_w = lambda i: jtu.tree_map(
+        lambda x: x[0], draw_cell(source, i, cells.length(i)).components
+    )
+    add = lambda i, w: jtu.tree_map(jnp.add, w, get_w(i))
+    first = get_w(jnp.zeros_like(cells.count))
+    return lax.fori_loop(jnp.ones_like(cells.count), cells.count, add, first)
+
+
 def any_query(
     source: Source,
     drawn_cell: Int[Array, ""],

@@ -82,8 +82,8 @@ def components(increment: diffrax.AbstractBrownianIncrement) -> list:
     return [getattr(increment, x) for x in "WHK" if hasattr(increment, x)]
 
 
-def sample(queries, num, dtype, num_keys, **kwargs) -> np.ndarray:
-    """W, H and K over each query, for each key."""
+def sample(queries, num, dtype, num_keys, end=None, **kwargs) -> np.ndarray:
+    """W, H and K over each query, for each key. `end` may be a function of the key."""
     queries = jnp.array(queries, dtype)
     times = {k: jnp.asarray(v, dtype) for k, v in kwargs.items()}
 
@@ -96,6 +96,7 @@ def sample(queries, num, dtype, num_keys, **kwargs) -> np.ndarray:
             struct((), dtype),
             key,
             levy_area=levy_areas[num - 1],
+            end=end(key) if callable(end) else end,
             **times,
         )
         evaluate = lambda q: jnp.stack(
@@ -123,22 +124,76 @@ def test_joint_law(name, areas, dtype):
     all_queries = queries + of_grid
     num_keys = 20_000
     samples = sample(all_queries, num, dtype, num_keys, **grid)
-    exact = exact_covariance(all_queries, num)
+    check_law(samples, exact_covariance(all_queries, num), dtype)
+
+
+def given_end(
+    queries: list[tuple[float, float]], num: int, end: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the covariance of W, H and K over each query, given the value of the
+    path at its end: those of normal laws, one of which is conditioned on a part.
+    """
+    with_whole = exact_covariance([*queries, (t0, t1)], num)
+    whole = -num  # W over [t0, t1]
+    of_whole = with_whole[whole, :whole]
+    covariance = with_whole[:whole, :whole] - np.outer(of_whole, of_whole) / (t1 - t0)
+    # Zero, for the whole path, up to rounding.
+    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 0))
+    return of_whole * end / (t1 - t0), covariance
+
+
+@pytest.mark.parametrize(
+    "name,areas,dtype",
+    by_default_unless(
+        lambda name, areas, dtype: (name, areas) != ("uniform, does not divide", "WHK"),
+        [
+            *((name, "WHK", jnp.float64) for name in grids),
+            ("uniform", "W", jnp.float32),
+            ("none", "WH", jnp.float32),
+        ],
+    ),
+)
+def test_joint_law_given_the_end(name, areas, dtype):
+    grid, of_grid = grids[name]
+    num, end = len(areas), -1.7
+    all_queries = queries + of_grid
+    samples = sample(all_queries, num, dtype, 20_000, end=end, **grid)
+    mean, covariance = given_end(all_queries, num, end)
+    check_law(samples - mean, covariance, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("irregular", "none"))
+def test_law_given_any_end(name):
+    """If the end has the law of the path there, so has the path."""
+    draw_end = lambda key: (t1 - t0) ** 0.5 * jr.normal(jr.fold_in(key, 2**31))
+    grid, of_grid = grids[name]
+    all_queries = queries + of_grid
+    samples = sample(all_queries, 3, jnp.float64, 20_000, end=draw_end, **grid)
+    check_law(samples, exact_covariance(all_queries, 3), jnp.float64)
+
+
+def check_law(samples: np.ndarray, exact: np.ndarray, dtype) -> None:
+    """That samples, one in each row, are normal, with mean zero and the covariance
+    `exact`, up to chance and to rounding in `dtype`.
+    """
+    num = len(samples)
+    eps = float(jnp.finfo(dtype).eps)
     variances = np.diag(exact)
     # The variance of an entry of the empirical covariance of normal samples, and what
     # rounding of times in float32 adds to it.
-    std_error = np.sqrt((np.outer(variances, variances) + exact**2) / num_keys)
-    rounding = (
-        20 * float(jnp.finfo(dtype).eps) * np.sqrt(np.outer(variances, variances))
-    )
-    covariance = samples.T @ samples / num_keys
+    std_error = np.sqrt((np.outer(variances, variances) + exact**2) / num)
+    # What is known, such as the end of a path, is only rounded.
+    is_random = variances > 1e-12
+    size = np.sqrt(np.where(is_random, variances, t1 - t0))
+    rounding = 20 * eps * np.outer(size, size)
+    covariance = samples.T @ samples / num
     assert np.all(np.abs(covariance - exact) <= 6 * std_error + rounding)
     mean = samples.mean(axis=0)
-    assert np.all(np.abs(mean) <= 6 * np.sqrt(variances / num_keys))
+    assert np.all(np.abs(mean) <= 6 * np.sqrt(variances / num) + 20 * eps * size)
 
     # Each one is normal, and so are combinations of them. At 1e-6 for each of some
     # hundred tests.
-    is_random = variances > 0
     standard = samples[:, is_random] / np.sqrt(variances[is_random])
     directions = np.random.default_rng(0).normal(size=(standard.shape[1], 10))
     combined = standard @ directions
