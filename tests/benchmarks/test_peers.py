@@ -3,9 +3,12 @@ diffrax's neural SDE, see `test_sde_gan.py`.
 """
 
 import importlib.util
+import textwrap
+from pathlib import Path
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import latent_lorenz
 import notebooks
@@ -61,6 +64,31 @@ def test_latent_lorenz(batch, record_row):
         assert times["torchsde"] >= ours
         assert times["torchsde"] >= 1.3 * times["store_all"]
         assert times["adjoint"] >= 8 * ours
+
+
+@pytest.mark.skipif(not _has_torchsde, reason="torchsde is not installed")
+def test_programs_of_the_page(record_row):
+    """The two programs of `docs/torchsde.md`, as they are printed."""
+    page = (Path(__file__).parents[2] / "docs" / "torchsde.md").read_text()
+    blocks = (x.partition("```")[0] for x in page.split("```python\n")[1:3])
+    theirs, ours = map(textwrap.dedent, blocks)
+    model, _, gradient = theirs.partition("bm = ")
+    of_theirs, of_ours = {}, {}
+    exec(model, of_theirs)
+    exec(ours, of_ours)
+    # A path of torchsde remembers what it has drawn: each gradient has its own.
+    compiled = compile("bm = " + gradient, "torchsde.md", "exec")
+    sde, keys = of_ours["SDE"](jr.key(0)), jr.split(jr.key(1), 16)
+    functions = {
+        "ours": lambda: of_ours["loss"](sde, jnp.ones((16, 3)), keys),
+        "torchsde": lambda: exec(compiled, of_theirs),
+    }
+    times = interleaved_minima(functions)
+    record_row(
+        "Gradient of the neural SDE of 'Coming from torchsde', ms",
+        {k: f"{1e3 * t:.1f}" for k, t in times.items()},
+    )
+    assert times["torchsde"] >= 10 * times["ours"]
 
 
 def test_length_of_context(record_row):
