@@ -145,6 +145,12 @@ def check_shape(shape: Any) -> PyTree[jax.ShapeDtypeStruct]:
                 "`BrownianInterval(shape=...)` must have floating-point dtypes, but "
                 f"has a leaf of dtype {x.dtype}."
             )
+        # JAX would make the numbers narrower, and those have another law.
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise ValueError(
+                f"`BrownianInterval(shape=...)` has a leaf of dtype {x.dtype}, which "
+                "JAX has only with `jax.config.update('jax_enable_x64', True)`."
+            )
     return shape
 
 
@@ -156,7 +162,8 @@ def check_end(
         raise ValueError(
             "`BrownianInterval(end=...)` must be a PyTree of arrays with the structure "
             f"of `shape`, {jtu.tree_structure(shape)}, but has the structure "
-            f"{jtu.tree_structure(end)}."
+            f"{jtu.tree_structure(end)}. For one array, pass `jnp.array(...)`; all of "
+            "its entries are given."
         )
 
     def check(x, like):

@@ -12,6 +12,9 @@ has by how far the solution goes from its start. See "Limits" in
 `docs/how_it_works/stochastic_adjoint.md`.
 """
 
+import functools as ft
+from typing import Any
+
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._autodiff.batched_vjp import Axes
 from .._compat import Y
+from .return_error import are_finite
 from .tape import Tape
 
 
@@ -32,9 +36,9 @@ _tolerance_of_one = 0.1
 
 is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "
-    "that the solution and its gradient are wrong. This happens where dynamics "
-    "contract for long (a rate times the length of the solve above 4), and near roots, "
-    "such as that of the variance in the Heston model. For an Itô SDE, use "
+    "that the solution and its gradient are wrong, or not finite. This happens where "
+    "dynamics contract for long (a rate times the length of the solve above 4), and "
+    "near roots, such as that of the variance in the Heston model. For an Itô SDE, use "
     "`diffrax.Euler()` on its terms without conversion; else `diffrax.Heun()` on the "
     "same terms, path and adjoint. Smaller steps seldom help, and `checkpoint_every` "
     "does not."
@@ -93,6 +97,14 @@ class Spurious(eqx.Module):
         tolerance = _tolerance + _tolerance_of_one / jnp.sqrt(jnp.maximum(num, 1))
         is_any = total_worth > tolerance * total_scale
         return is_any, is_any & (worth > tolerance * scale)
+
+
+def has_overflowed(y: Y, y0: Y, parameters: PyTree[Any]) -> Bool[Array, ""]:
+    """Whether the end of a solve is not finite, with no NaN in what it began with."""
+    is_nan = lambda x: jnp.any(jnp.isnan(x))
+    given = filter(eqx.is_inexact_array, jtu.tree_leaves(parameters))
+    is_given = ft.reduce(jnp.logical_or, map(is_nan, given), ~are_finite(y0))
+    return ~are_finite(y) & ~is_given
 
 
 def _change(y: Y, y0: Y) -> PyTree[Float[Array, "..."]]:

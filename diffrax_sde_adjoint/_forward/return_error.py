@@ -52,11 +52,14 @@ class ReturnError(eqx.Module):
     `weighted_error` is what the differences between states that were found and those
     known are worth to the loss, added up. `scale` is what it is compared with: the size
     of the outputs times that of their cotangents. `tolerance` is how much of it is let
-    pass.
+    pass. If the solution `was_finite` in the end, and a state that is known is, but not
+    as it was found, then it `is_lost`.
     """
 
     weighted_error: Float[Array, ""]
     scale: Float[Array, ""]
+    was_finite: Bool[Array, ""]
+    is_lost: Bool[Array, ""]
     tolerance: float = eqx.field(static=True)
 
     @staticmethod
@@ -64,7 +67,8 @@ class ReturnError(eqx.Module):
         """What it is at the end of the solve: none."""
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y)]
         tolerance = max([least_tolerance, *(x**_root for x in eps)])
-        return ReturnError(jnp.zeros((), jnp.result_type(float)), scale, tolerance)
+        zero = jnp.zeros((), jnp.result_type(float))
+        return ReturnError(zero, scale, are_finite(y), jnp.array(False), tolerance)
 
     def arrived(
         self, found: PyTree[Any], known: PyTree[Any], grad: PyTree[Array | None]
@@ -78,13 +82,24 @@ class ReturnError(eqx.Module):
 
         more = jtu.tree_map(weighted, grad, found, known, is_leaf=lambda x: x is None)
         total = self.weighted_error + _total(more)
-        return eqx.tree_at(lambda x: x.weighted_error, self, total)
+        is_lost = self.was_finite & are_finite(known) & ~are_finite(found)
+        where = lambda x: (x.weighted_error, x.is_lost)
+        return eqx.tree_at(where, self, (total, self.is_lost | is_lost))
 
     def is_too_large(self) -> Bool[Array, ""]:
-        """Whether gradients are wrong, by more than what is tolerated. NaNs are let
-        pass: they speak for themselves.
+        """Whether gradients are wrong, by more than what is tolerated. NaNs of the
+        solution, of its cotangents and of derivatives are let pass: they speak for
+        themselves. Not so those that undoing steps has made.
         """
-        return self.weighted_error > self.tolerance * self.scale
+        return self.is_lost | (self.weighted_error > self.tolerance * self.scale)
+
+
+def are_finite(tree: PyTree[Any]) -> Bool[Array, ""]:
+    """Whether all entries of all inexact arrays are."""
+    leaves = filter(eqx.is_inexact_array, jtu.tree_leaves(tree))
+    return ft.reduce(
+        jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in leaves), jnp.array(True)
+    )
 
 
 def size_of_loss(

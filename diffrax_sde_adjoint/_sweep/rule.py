@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._compat import State, save_y
 from .._forward.gradient_in_times import pull_back_times
-from .._forward.instability import Spurious, is_unstable
+from .._forward.instability import Spurious, has_overflowed, is_unstable
 from .._forward.records import Cotangents, Recorded, Start
 from .._forward.return_error import (
     ReturnError,
@@ -130,6 +130,8 @@ class SweepRule(eqx.Module):
             change = first.spurious.size_of_change(sweep.tape, sweep.init_y)
             scale = size(change, by_entry=True)
             unstable, unstable_here = first.spurious.is_too_large(scale, sweep.axes)
+            overflow = has_overflowed(end.state.y, sweep.init_y, sweep.parameters.all)
+            unstable, unstable_here = unstable | overflow, unstable_here | overflow
         if self.throw:
             grads = first.result.error_if(grads, failed)
             grads = eqx.error_if(grads, unstable, is_unstable)

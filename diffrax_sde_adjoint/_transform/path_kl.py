@@ -37,6 +37,15 @@ from .girsanov import Divergence, GirsanovShift, sum_like
 from .ito import corrected
 
 
+def _pair(y_and_divergence: Any) -> tuple[Y, Divergence]:
+    if not isinstance(y_and_divergence, tuple) or len(y_and_divergence) != 2:
+        raise ValueError(
+            "Terms by `path_kl` and `path_kl_of_shift` are for a pair, of the solution "
+            "and of the divergence: `diffeqsolve(..., y0=(y0, jnp.array(0.0)))`."
+        )
+    return y_and_divergence
+
+
 class _AugmentedDrift(eqx.Module):
     """The drift of the solution, and that of the divergence, which is corrected for
     some noises: only the terms of the solution are in the sense of the solver already.
@@ -49,7 +58,7 @@ class _AugmentedDrift(eqx.Module):
     def __call__(
         self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
     ) -> tuple[Y, Divergence]:
-        y, divergence = y_and_divergence
+        y, divergence = _pair(y_and_divergence)
         out = self.drift.vf_prod(t, y, args, 1)
         if self.shift is None:
             return out, jnp.zeros_like(divergence)
@@ -78,7 +87,7 @@ class _AugmentedDiffusion(eqx.Module):
     def __call__(
         self, t: RealScalarLike, y_and_divergence: tuple[Y, Divergence], args: Args
     ) -> tuple[VF, PyTree[Array] | None, Divergence]:
-        y, divergence = y_and_divergence
+        y, divergence = _pair(y_and_divergence)
         form = None
         if self.shift is not None:
             assert self.index is not None
@@ -162,8 +171,8 @@ def path_kl(
 
     `ValueError` if `terms` holds other kinds of terms, or subclasses of these with a
     method `contr` of their own; if there is no Brownian path, or two of the same; if
-    `log_ratio` is something else; and, when the drift is evaluated, if the divergence
-    does not have one of the shapes above. A runtime error if the divergence would be
+    `log_ratio` is something else; and, when the drift is evaluated, if the state
+    is no pair, or the divergence does not have one of the shapes above. A runtime error if the divergence would be
     infinite.
 
     **Cost:**

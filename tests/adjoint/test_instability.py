@@ -1,5 +1,6 @@
 """Solves on which reversible Heun is unstable are told from those where it is not."""
 
+import functools
 import itertools
 
 import diffrax
@@ -12,6 +13,7 @@ import pytest
 from helpers import by_default_unless, keys, make_terms
 
 from diffrax_sde_adjoint import (
+    EES25,
     BrownianInterval,
     ReversibleHeun,
     StochasticAdjoint,
@@ -322,3 +324,51 @@ def test_subclass():
 
     with raises():
         jax.jit(jax.grad(lambda rate: ou_loss(rate, jr.key(0), solver=Same())))(6.0)
+
+
+def cubic_loss(rate, y0, solver=None, store_all=False):
+    """Of paths, some of which may be too far out for the steps."""
+
+    def end(y0, key):
+        path = BrownianInterval(0.0, 20.0, (), key, dt=0.1)
+        terms = make_terms(
+            lambda t, y, rate: -rate * y**3, lambda t, y, args: jnp.array(0.5), path
+        )
+        return diffrax.diffeqsolve(
+            terms,
+            ReversibleHeun() if solver is None else solver,
+            0.0,
+            20.0,
+            0.1,
+            y0,
+            args=rate,
+            adjoint=StochasticAdjoint(store_all=store_all),
+        ).ys[-1]
+
+    return jnp.mean(jnp.abs(jax.vmap(end)(y0, keys(len(y0)))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store_all", (False, True))
+def test_overflow(store_all):
+    """Is an error, though all cotangents are NaN with the loss; but for a NaN that is
+    the user's.
+    """
+    gradient = jax.jit(jax.grad(functools.partial(cubic_loss, store_all=store_all)))
+    rate, near = jnp.array(0.02), jnp.array([0.5, 1.0])
+    assert jnp.isfinite(gradient(rate, near))
+    with raises():
+        gradient(rate, near.at[1].set(50.0))
+    assert jnp.isnan(gradient(rate, near.at[1].set(jnp.nan)))
+    assert jnp.isnan(gradient(jnp.array(jnp.nan), near))
+
+
+@pytest.mark.slow
+def test_overflow_of_the_way_back():
+    """Of a solve that is fine itself."""
+    gradient = jax.jit(jax.value_and_grad(cubic_loss), static_argnums=(2, 3))
+    args = jnp.array(3.0), jnp.ones(2), EES25()
+    value, _ = gradient(*args, True)
+    assert jnp.isfinite(value)
+    with pytest.raises(RuntimeError, match="could not undo the steps"):
+        gradient(*args, False)

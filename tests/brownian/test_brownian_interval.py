@@ -594,3 +594,14 @@ def test_solves_in_both_directions_see_one_path(dt):
     forwards, backwards = solve(0.0, 1.0, dt).ys[-1], solve(1.0, 0.0, -dt).ys[-1]
     assert np.isclose(forwards, path.evaluate(0.0, 1.0), rtol=1e-12)
     assert np.isclose(backwards, -forwards, rtol=1e-12)
+
+
+def test_dtypes_that_jax_would_make_narrower():
+    jax.config.update("jax_enable_x64", False)
+    try:
+        for dtype in ("float64", "complex128"):
+            shape = jax.ShapeDtypeStruct((2,), dtype)
+            with pytest.raises(ValueError, match="jax_enable_x64"):
+                BrownianInterval(0.0, 1.0, shape, jr.key(0))
+    finally:
+        jax.config.update("jax_enable_x64", True)

@@ -427,6 +427,11 @@ def test_errors():
         run(jnp.ones(2), jnp.zeros(2), constant(jnp.ones((2, 2))))
     with pytest.raises(ValueError, match="`y0 = \\(y, divergence\\)`"):
         run(jnp.ones(2), jnp.zeros(3), diagonal(lambda t, y, args: y))
+    for y0 in (jnp.ones(2), (jnp.ones(2),)):
+        # Without the check of types that the tests add.
+        drift_of_pair = path_kl(terms, drift).terms[0].vector_field
+        with pytest.raises(ValueError, match="are for a pair"):
+            inspect.unwrap(type(drift_of_pair).__call__)(drift_of_pair, 0.0, y0, None)
     # It tells of the term that was passed.
     with pytest.raises(ValueError, match="of a `ControlTerm` and its control does not"):
         run(jnp.ones(2), jnp.zeros(()), constant(jnp.ones((2, 3))))
