@@ -401,11 +401,15 @@ def main(
     """Train chains and the SDE, compare estimators of gradients, and draw both.
 
     Args:
+        steps: of the optimiser, for each chain and for the SDE.
+        batch: points of the data in each.
+        width: of the networks.
         layers: of the chains.
         all_steps: the numbers of steps that gradients are compared for.
         measured: widths of networks and numbers of steps, to measure gradients for. In
             the figure are those with 64 steps.
         devices: that share each batch.
+        seed: of the data, weights, batches and paths.
         out: where the figure and the checkpoints go, in the place of earlier ones.
         resume: continue from the checkpoints in `out`, of a run with the same settings.
     """

@@ -1,8 +1,4 @@
-"""`python examples/heston.py` finds Greeks in the Heston model, and fits it to prices.
-
-The variance has a floor, as a root has no derivative at zero, and Euler's solver is for
-Itô SDEs. Flags: `--paths` of a price, `--steps` of the optimiser, and `--seed`.
-"""
+"""`python examples/heston.py` finds Greeks in the Heston model, and fits prices."""
 
 import timeit
 
@@ -42,6 +38,14 @@ def call_prices(x: Float[Array, "4"], strikes: Float[Array, " n"], keys, ours=Tr
 
 
 def main(*, paths: int = 8192, steps: int = 80, seed: int = 0):
+    """The variance has a floor, as a root has no derivative at zero, and Euler's solver
+    is for Itô SDEs.
+
+    Args:
+        paths: of a price.
+        steps: of the optimiser.
+        seed: of the paths.
+    """
     keys, data_keys, fit_keys = jr.split(jr.key(seed), (3, paths))
     price = lambda x, ours=True: call_prices(x, jnp.ones(1), keys, ours)[0]
     gradient = jax.jit(jax.grad(price), static_argnums=1)

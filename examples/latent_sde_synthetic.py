@@ -320,11 +320,15 @@ def main(
     """Train on series of a process, and compare samples of the prior with others.
 
     Args:
+        process: Lorenz attractors with noise, or geometric Brownian motions.
+        steps: of the optimiser.
         batch: series in each step.
         observed: the share of the observations that the model sees, at random.
         kl_annealing: steps until the divergence has its whole weight.
+        learning_rate: at first.
         decay: of the learning rate, in each step.
         devices: that share each batch.
+        seed: of the data, weights, batches and paths.
         out: where the figure and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """

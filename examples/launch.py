@@ -33,7 +33,7 @@ def main():
     )
     parser.add_argument("--processes", type=int, help="how many there are")
     parser.add_argument("--process", type=int, help="the number of this one, from 0 on")
-    parser.add_argument("script", type=Path)
+    parser.add_argument("script", type=Path, help="that each process runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
     jax.distributed.initialize(args.coordinator, args.processes, args.process)

@@ -1,8 +1,4 @@
-"""`python examples/neural_cde.py` classifies series, which drive a neural CDE.
-
-They are noisy spirals, clockwise or not, of which most values are missing. Flags:
-`--steps` of the optimiser, `--batch` series in each, `--size` of the state, `--seed`.
-"""
+"""`python examples/neural_cde.py` classifies series, which drive a neural CDE."""
 
 import timeit
 
@@ -42,6 +38,14 @@ def logit(model, series: Float[Array, "times 3"], ours=True) -> Float[Array, ""]
 
 
 def main(*, steps: int = 200, batch: int = 64, size: int = 8, seed: int = 0):
+    """They are noisy spirals, clockwise or not, of which most values are missing.
+
+    Args:
+        steps: of the optimiser.
+        batch: series in each.
+        size: of the state.
+        seed: of the series, weights and batches.
+    """
     keys = jr.split(jr.key(seed), 5)
     start = eqx.nn.Linear(3, size, key=keys[0])
     model = [start, eqx.nn.MLP(size, 3 * size, 32, 1, jnp.tanh, jnp.tanh, key=keys[1])]

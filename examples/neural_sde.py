@@ -1,8 +1,4 @@
-"""`python examples/neural_sde.py` fits a neural SDE to series, by a scoring rule.
-
-The data are a noisy van der Pol oscillator, which contracts to its cycle: too much for
-reversible Heun. Flags: `--steps` of the optimiser, `--batch` series in each, `--seed`.
-"""
+"""`python examples/neural_sde.py` fits a neural SDE to series, by a scoring rule."""
 
 import timeit
 
@@ -40,6 +36,14 @@ def generate(fields, key: PRNGKeyArray, ours=True) -> Float[Array, "times 2"]:
 
 
 def main(*, steps: int = 1000, batch: int = 128, seed: int = 0):
+    """The data are a noisy van der Pol oscillator, which contracts to its cycle: too
+    much for reversible Heun.
+
+    Args:
+        steps: of the optimiser.
+        batch: series in each.
+        seed: of the series, weights and paths.
+    """
     keys = jr.split(jr.key(seed), 9)
     sample = eqx.filter_jit(eqx.filter_vmap(generate, in_axes=(None, 0, None)))
     data, other = (sample(VAN_DER_POL, jr.split(k, 1024), True) for k in keys[:2])

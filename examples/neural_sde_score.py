@@ -163,6 +163,7 @@ def main(
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
         devices: that share the generated series.
+        seed: of the weights, batches, paths and missing values.
         out: where the figures and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """

@@ -260,6 +260,7 @@ def main(
         metric_steps: of training, for the classifier and the predictor.
         samples: series of each kind, at most, for the metrics.
         devices: that share each batch.
+        seed: of the weights, batches and paths.
         out: where the figures and the checkpoints go.
         resume: a checkpoint of a run with the same settings, to continue.
     """

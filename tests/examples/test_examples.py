@@ -40,7 +40,7 @@ def example(monkeypatch):
 @pytest.mark.parametrize("name", SHORT)
 def test_short_programs_are_short(name):
     source = (EXAMPLES / f"{name}.py").read_text()
-    assert len(source.splitlines()) <= 70
+    assert len(source.splitlines()) <= 75
     others = {path.stem for path in EXAMPLES.glob("*.py")}
     imported = set()
     for node in ast.walk(ast.parse(source)):
@@ -51,6 +51,62 @@ def test_short_programs_are_short(name):
     assert "diffrax_sde_adjoint" in imported and not imported & others
     page = EXAMPLES.parent / "docs" / "examples" / f"{name}.md"
     assert f"--8<--\n{name}.py\n--8<--\n" in page.read_text()
+
+
+def flags(path):
+    """Those of an example, with their descriptions, as tyro and argparse find them."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ".add_argument"
+        ):
+            helps = [ast.unparse(x.value) for x in node.keywords if x.arg == "help"]
+            yield ast.literal_eval(node.args[0]), *(helps or [None])
+    for main in tree.body:
+        if not isinstance(main, ast.FunctionDef) or main.name != "main":
+            continue
+        text = ast.get_docstring(main) or ""
+        described = dict(
+            re.findall(r"^    (\w+): (\S.*)$", text.partition("Args:\n")[2], re.M)
+        )
+        args = main.args.args + main.args.kwonlyargs
+        for arg in args:
+            yield arg.arg, described.get(arg.arg)
+        # A comment above it describes a field of a tuple of settings.
+        nodes = (x for arg in args for x in ast.walk(arg))
+        names = {x.id for x in nodes if isinstance(x, ast.Name)}
+        lines = path.read_text().splitlines()
+        for record in tree.body:
+            if isinstance(record, ast.ClassDef) and record.name in names:
+                for field in record.body:
+                    if isinstance(field, ast.AnnAssign):
+                        above = lines[field.lineno - 2].strip()
+                        comment = above if above.startswith("#") else None
+                        yield f"{record.name}.{ast.unparse(field.target)}", comment
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda x: x.stem)
+def test_every_flag_has_a_description(path):
+    without = [flag for flag, description in flags(path) if not description]
+    assert not without, f"{path.name} does not describe {', '.join(without)}"
+
+
+def test_flags_without_a_description_are_found(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "class Recipe:\n    # Some.\n    a: int = 0\n    b: int = 0\n\n\n"
+        "def main(recipe: Recipe, *, steps: int = 1, seed: int = 0):\n"
+        '    """Train.\n\n    Args:\n        recipe: how.\n        steps: some.\n'
+        '    """\n'
+        'parser.add_argument("--process")\n'
+    )
+    found = dict(flags(path))
+    assert {x for x, y in found.items() if y is None} == {
+        "seed",
+        "Recipe.b",
+        "--process",
+    }
+    assert found["steps"] == "some." and len(found) == 6
 
 
 @pytest.fixture
