@@ -1,5 +1,3 @@
-"""`python examples/heston.py` finds Greeks in the Heston model, and fits prices."""
-
 import timeit
 
 import diffrax as dfx
@@ -18,16 +16,15 @@ TRUE = jnp.array([1.0, 0.2, -0.21, 0.214])  # s0, sqrt(v0), xi rho, xi sqrt(1 - 
 
 
 def call_prices(x: Float[Array, "4"], strikes: Float[Array, " n"], keys, ours=True):
-    variance = lambda y: jnp.maximum(y[1], 1e-4)
+    variance = lambda y: jnp.maximum(y[1], 1e-4)  # A root has no derivative at zero.
     drift = lambda t, y, _: jnp.array([-variance(y) / 2, KAPPA * (THETA - variance(y))])
     loadings = jnp.array([[1.0, 0.0], [x[2], x[3]]])
     diffusion = lambda t, y, _: jnp.sqrt(variance(y)) * loadings
     adjoint = dsa.StochasticAdjoint() if ours else dfx.RecursiveCheckpointAdjoint()
 
     def log_return(key):
-        path = dsa.BrownianInterval(0.0, T1, (2,), key, dt=DT)
-        if not ours:
-            path = dfx.VirtualBrownianTree(0.0, T1, DT / 2, (2,), key)
+        tree = dfx.VirtualBrownianTree(0.0, T1, DT / 2, (2,), key)
+        path = dsa.BrownianInterval(0.0, T1, (2,), key, dt=DT) if ours else tree
         terms = dfx.MultiTerm(dfx.ODETerm(drift), dfx.ControlTerm(diffusion, path))
         y0 = jnp.array([0.0, x[1] ** 2])
         sol = dfx.diffeqsolve(terms, dfx.Euler(), 0.0, T1, DT, y0, adjoint=adjoint)
@@ -38,8 +35,7 @@ def call_prices(x: Float[Array, "4"], strikes: Float[Array, " n"], keys, ours=Tr
 
 
 def main(*, paths: int = 8192, steps: int = 80, seed: int = 0):
-    """The variance has a floor, as a root has no derivative at zero, and Euler's solver
-    is for Itô SDEs.
+    """Find Greeks in the Heston model, and fit it to prices.
 
     Args:
         paths: of a price.

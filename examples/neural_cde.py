@@ -1,5 +1,3 @@
-"""`python examples/neural_cde.py` classifies series, which drive a neural CDE."""
-
 import timeit
 
 import diffrax as dfx
@@ -14,19 +12,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import diffrax_sde_adjoint as dsa
 
 
-NUM, DT, T1 = 1024, 0.1, 6.3  # of series; between times; the last of these
+NUM, SIZE, DT, T1 = 1024, 8, 0.1, 6.3  # of series; of the state; times
 TS = DT * jnp.arange(64.0)
 
 
 def spirals(key: PRNGKeyArray) -> tuple[Float[Array, "num times 3"], Array]:
     keys = jr.split(key, 4)
-    is_clockwise = jr.bernoulli(keys[0], shape=(NUM,))
-    start = jr.uniform(keys[1], (NUM, 1), maxval=2 * jnp.pi)
-    angle = start + jnp.where(is_clockwise[:, None], -TS, TS)
+    is_clockwise = jr.bernoulli(keys[0], shape=(NUM, 1))
+    angle = T1 * jr.uniform(keys[1], (NUM, 1)) + jnp.where(is_clockwise, -TS, TS)
     xy = jnp.exp(-0.3 * TS[:, None]) * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
     is_seen = jr.bernoulli(keys[2], 0.3, xy.shape).at[:, jnp.array([0, -1])].set(True)
     xy = jnp.where(is_seen, xy + 0.3 * jr.normal(keys[3], xy.shape), jnp.nan)
-    return jnp.dstack([jnp.broadcast_to(TS, xy.shape[:2]), xy]), is_clockwise
+    return jnp.dstack([jnp.broadcast_to(TS, xy.shape[:2]), xy]), is_clockwise[:, 0]
 
 
 def logit(model, series: Float[Array, "times 3"], ours=True) -> Float[Array, ""]:
@@ -37,18 +34,17 @@ def logit(model, series: Float[Array, "times 3"], ours=True) -> Float[Array, ""]
     return dfx.diffeqsolve(term, dfx.Heun(), 0.0, T1, DT, y0, adjoint=adjoint).ys[0, 0]
 
 
-def main(*, steps: int = 200, batch: int = 64, size: int = 8, seed: int = 0):
-    """They are noisy spirals, clockwise or not, of which most values are missing.
+def main(*, steps: int = 200, batch: int = 64, seed: int = 0):
+    """Classify noisy spirals with missing values, which drive a neural CDE.
 
     Args:
         steps: of the optimiser.
         batch: series in each.
-        size: of the state.
         seed: of the series, weights and batches.
     """
     keys = jr.split(jr.key(seed), 5)
-    start = eqx.nn.Linear(3, size, key=keys[0])
-    model = [start, eqx.nn.MLP(size, 3 * size, 32, 1, jnp.tanh, jnp.tanh, key=keys[1])]
+    start = eqx.nn.Linear(3, SIZE, key=keys[0])
+    model = [start, eqx.nn.MLP(SIZE, 3 * SIZE, 32, 1, jnp.tanh, jnp.tanh, key=keys[1])]
     (series, label), (others, label_of_others) = spirals(keys[2]), spirals(keys[3])
     logits = eqx.filter_jit(eqx.filter_vmap(logit, in_axes=(None, 0, None)))
     entropy = lambda x, is_one: optax.sigmoid_binary_cross_entropy(x, is_one).mean()

@@ -1,5 +1,3 @@
-"""`python examples/neural_sde.py` fits a neural SDE to series, by a scoring rule."""
-
 import timeit
 
 import diffrax as dfx
@@ -29,15 +27,12 @@ def generate(fields, key: PRNGKeyArray, ours=True) -> Float[Array, "times 2"]:
     noise = dfx.ControlTerm(lambda t, y, _: fields[1](y).reshape(DIM, 2), path)
     terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, _: fields[0](y)), noise)
     y0 = jnp.array([2.0, 0.0, 0.0, 0.0]) + 0.3 * jr.normal(start_key, (DIM,))
-    solve = (terms, dfx.Heun(), 0.0, T1, DT, y0)
-    saveat = dfx.SaveAt(t0=True, steps=True)
-    sol = dfx.diffeqsolve(*solve, saveat=saveat, adjoint=adjoint, max_steps=31)
-    return sol.ys[:, :2]
+    kwargs = dict(saveat=dfx.SaveAt(t0=True, steps=True), max_steps=31, adjoint=adjoint)
+    return dfx.diffeqsolve(terms, dfx.Heun(), 0.0, T1, DT, y0, **kwargs).ys[:, :2]
 
 
 def main(*, steps: int = 1000, batch: int = 128, seed: int = 0):
-    """The data are a noisy van der Pol oscillator, which contracts to its cycle: too
-    much for reversible Heun.
+    """Fit a neural SDE to series of an oscillator, by a scoring rule.
 
     Args:
         steps: of the optimiser.
@@ -51,8 +46,8 @@ def main(*, steps: int = 1000, batch: int = 128, seed: int = 0):
     model = [eqx.nn.MLP(DIM, n, 32, 2, key=keys[n]) for n in (DIM, 2 * DIM)]
     optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     state = optimiser.init(eqx.filter(model, eqx.is_array))
-    some = lambda key: jr.choice(key, data, (batch,))
-    loss = lambda model, k, ours: score(some(k[0]), sample(model, k[2:], ours), k[1])
+    choose = lambda key: jr.choice(key, data, (batch,))
+    loss = lambda model, k, ours: score(choose(k[0]), sample(model, k[2:], ours), k[1])
     gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))
     k = jr.split(keys[2], (steps + 1, 2 + batch))
     for i in range(steps):
