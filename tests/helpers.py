@@ -187,18 +187,25 @@ def make_terms(
     )
 
 
+_Some = Collection[Any] | Callable[..., bool]
+
+
 def by_default_unless(
-    slow: Collection[Any] | Callable[..., bool], cases: Iterable[Any]
+    slow: _Some, cases: Iterable[Any], *, long: _Some = ()
 ) -> list[Any]:
     """The cases of a table for `pytest.mark.parametrize`: each is a tuple of arguments,
     or a single one. They run by default, but for those that are `slow`, or of which
-    `slow` is true, which run with `-m slow`.
+    `slow` is true, which run with `-m slow`; and of these in turn those that are
+    `long`, which run with `-m long`.
     """
 
     def param(case):
         values = case if isinstance(case, tuple) else (case,)
-        is_slow = slow(*values) if callable(slow) else case in slow
-        return pytest.param(*values, marks=pytest.mark.slow if is_slow else ())
+        is_any = lambda some: some(*values) if callable(some) else case in some
+        marks = ()
+        if is_any(slow):
+            marks = pytest.mark.long if is_any(long) else pytest.mark.slow
+        return pytest.param(*values, marks=marks)
 
     return [param(case) for case in cases]
 

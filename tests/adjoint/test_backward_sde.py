@@ -74,8 +74,14 @@ def is_slow(name, problem):
     return solvers[name].slow or problem != solvers[name].problem
 
 
+def is_long(name, problem):
+    in_full = ("EulerHeun", "ReversibleHeun")
+    return name not in in_full and problem != solvers[name].problem
+
+
 @pytest.mark.parametrize(
-    "name,problem", by_default_unless(is_slow, itertools.product(solvers, problems))
+    "name,problem",
+    by_default_unless(is_slow, itertools.product(solvers, problems), long=is_long),
 )
 def test_converges(name, problem):
     solver, levy_area, order, *_ = solvers[name]

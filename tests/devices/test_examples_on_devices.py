@@ -156,10 +156,18 @@ def air(example, run):
     run(module, data=Path(), batch=8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "of_example",
-    [glucose, synthetic, diffusion_limit, gan, scoring_rule, mocap, air],
+    [
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (glucose, gan, scoring_rule)
+        ),
+        *(
+            pytest.param(x, marks=pytest.mark.long)
+            for x in (synthetic, diffusion_limit, mocap, air)
+        ),
+    ],
 )
 def test_a_training_step_adds_up_gradients_once(
     example, monkeypatch, tmp_path, of_example

@@ -224,7 +224,12 @@ def is_slow(grid, case):
 
 
 @pytest.mark.parametrize(
-    "grid,case", by_default_unless(is_slow, itertools.product(grids, cases))
+    "grid,case",
+    by_default_unless(
+        is_slow,
+        itertools.product(grids, cases),
+        long=lambda grid, case: grid == "one cell",
+    ),
 )
 def test_strong_order(grid, case):
     problem = problems[cases[case].problem]

@@ -87,9 +87,13 @@ def make_problem(noise, dtype, levy_area=None):
 
 
 @pytest.mark.parametrize(
-    "dtype", (jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow))
+    "noise,name,dtype",
+    by_default_unless(
+        lambda noise, name, dtype: dtype == jnp.float32 or is_slow(noise, name),
+        [(*case, dtype) for case in cases for dtype in (jnp.float64, jnp.float32)],
+        long=lambda noise, name, dtype: dtype == jnp.float32 and is_slow(noise, name),
+    ),
 )
-@pytest.mark.parametrize("noise,name", by_default_unless(is_slow, cases))
 def test_equals_jvp(noise, name, dtype):
     if name == "ItoMilstein" and dtype == jnp.float32:
         pytest.skip("diffrax's `ItoMilstein` mixes float32 and float64")
