@@ -19,16 +19,17 @@ VAN_DER_POL = (rate, lambda y: jnp.array([0.1, 0.5]) * jnp.eye(DIM, 2))
 
 def generate(fields, key: PRNGKeyArray, ours=True) -> Float[Array, "times 2"]:
     start_key, path_key = jr.split(key)
-    path = dsa.BrownianInterval(0.0, T1, (2,), path_key, dt=DT)
-    adjoint = dsa.StochasticAdjoint(store_all=True)
-    if not ours:
-        path = dfx.VirtualBrownianTree(0.0, T1, DT / 2, (2,), path_key)
-        adjoint = dfx.RecursiveCheckpointAdjoint()
+    tree = dfx.VirtualBrownianTree(0.0, T1, DT / 2, (2,), path_key)
+    path = dsa.BrownianInterval(0.0, T1, (2,), path_key, dt=DT) if ours else tree
+    exact = dsa.StochasticAdjoint(store_all=True)
+    adjoint = exact if ours else dfx.RecursiveCheckpointAdjoint()
     noise = dfx.ControlTerm(lambda t, y, _: fields[1](y).reshape(DIM, 2), path)
     terms = dfx.MultiTerm(dfx.ODETerm(lambda t, y, _: fields[0](y)), noise)
     y0 = jnp.array([2.0, 0.0, 0.0, 0.0]) + 0.3 * jr.normal(start_key, (DIM,))
-    kwargs = dict(saveat=dfx.SaveAt(t0=True, steps=True), max_steps=31, adjoint=adjoint)
-    return dfx.diffeqsolve(terms, dfx.Heun(), 0.0, T1, DT, y0, **kwargs).ys[:, :2]
+    solve = (terms, dfx.Heun(), 0.0, T1, DT, y0)
+    saveat = dfx.SaveAt(t0=True, steps=True)
+    sol = dfx.diffeqsolve(*solve, saveat=saveat, adjoint=adjoint, max_steps=31)
+    return sol.ys[:, :2]
 
 
 def main(*, steps: int = 1000, batch: int = 128, seed: int = 0):

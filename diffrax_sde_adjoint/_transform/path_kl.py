@@ -171,9 +171,9 @@ def path_kl(
 
     `ValueError` if `terms` holds other kinds of terms, or subclasses of these with a
     method `contr` of their own; if there is no Brownian path, or two of the same; if
-    `log_ratio` is something else; and, when the drift is evaluated, if the state
-    is no pair, or the divergence does not have one of the shapes above. A runtime error if the divergence would be
-    infinite.
+    `log_ratio` is something else; and, when the drift is evaluated, if the state is no
+    pair, or the divergence does not have one of the shapes above. A runtime error if
+    the divergence would be infinite.
 
     **Cost:**
 

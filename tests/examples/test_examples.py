@@ -61,7 +61,7 @@ def flags(path):
             ".add_argument"
         ):
             helps = [ast.unparse(x.value) for x in node.keywords if x.arg == "help"]
-            yield ast.literal_eval(node.args[0]), *(helps or [None])
+            yield ast.literal_eval(node.args[0]), next(iter(helps), None)
     for main in tree.body:
         if not isinstance(main, ast.FunctionDef) or main.name != "main":
             continue
@@ -171,8 +171,10 @@ def test_short_heston(printed):
     assert greeks[:2] == pytest.approx(greeks[2:], rel=0.01)
     found, true = np.split(np.array(fitted), 2)
     assert true == pytest.approx([1, 0.2, xi * rho, xi * (1 - rho**2) ** 0.5], rel=1e-2)
-    error = np.abs(found - true)
-    assert np.all(error[:3] < [1e-6, 0.02, 0.05]) and error[3] < 0.2
+    assert np.all(np.abs(found - true)[:3] < [1e-6, 0.02, 0.05])
+    # Prices of one maturity tell little of the last, and nothing of its sign: it comes
+    # closer than the 0.5 that it starts with.
+    assert abs(abs(found[3]) - true[3]) < 0.2
 
 
 @pytest.mark.slow
