@@ -345,7 +345,9 @@ _for_additive_noise = ("SEA", "SRA1", "ShARK")
 _for_odes = ("Tsit5", "Kvaerno3", "ImplicitEuler")
 # Each is two programs to compile. Most are slow, as random programs meet them as well.
 cases = {
-    "f32 replay": Case("Heun", dtype=jnp.float32, saveat="subs", controller="PID"),
+    "f32 replay": Case(
+        "Heun", dtype=jnp.float32, saveat="subs", controller="PID", slow=True
+    ),
     "store all": Case("Euler", saveat="fn", store_all=True),
     "Euler, few checkpoints": Case("Euler", saveat="t1", checkpoint_every=3, slow=True),
     **{

@@ -150,7 +150,7 @@ _ts = (0.0, 0.25, 0.25, 0.4999, 1.0)
     "case",
     (
         pytest.param("general", marks=pytest.mark.slow),
-        "float32",
+        pytest.param("float32", marks=pytest.mark.slow),
         pytest.param("backward in time", marks=pytest.mark.slow),
         pytest.param("checkpoint_every", marks=pytest.mark.slow),
         pytest.param("subs", marks=pytest.mark.slow),
