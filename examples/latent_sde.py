@@ -350,6 +350,8 @@ def main(
         resume: a checkpoint of a run with the same settings, to continue.
     """
     if data is None:
+        if (given, held_out_share, dt) != (None, 0.2, None):
+            raise ValueError("`given`, `held_out_share` and `dt` are for `data`.")
         task = glucose_task(held_out)
     else:
         task = file_task(data, given, held_out_share, dt, held_out)

@@ -181,3 +181,8 @@ def test_program_of_the_docs_writes_such_a_file(example, tmp_path, monkeypatch):
     values, times = example("latent_sde_file").load(tmp_path / "waves.npz")
     assert values.shape == (200, 40, 2) and times.shape == (40,)
     assert abs(np.isnan(values).mean() - 0.3) < 0.02
+
+
+def test_flags_of_a_file_without_one(example, tmp_path):
+    with pytest.raises(ValueError, match="are for `data`"):
+        example("latent_sde").main(given=5, out=tmp_path)
