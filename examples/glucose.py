@@ -234,7 +234,7 @@ def draw_windows(axes, data: Days, fitted, ahead):
         # Chosen by the clock.
         those = np.flatnonzero(whole & (data.origins % DAY == hour * PER_HOUR))
         i = those[int(rank * len(those))]
-        draw_bands(ax, past, fitted[:, i], BLUE, "posterior, 90%")
+        draw_bands(ax, past, fitted[:, i], BLUE, "posterior, 50% and 90%")
         draw_bands(ax, future, ahead[:, i], ORANGE, "forecast, 50% and 90%")
         x = np.concatenate([past, future])
         ax.plot(x, data.values[around[i]], "k.", ms=4, label="readings")

@@ -244,6 +244,7 @@ def posterior(
 def elbo(model: LatentSDE, series: Series, zs, kl, kl_weight: Any = 1.0):
     """The evidence lower bound of latent paths, in nats."""
     mean, bound = model.read(zs), -kl_weight * jnp.sum(kl)
+    # Few: the order of the sums is that of one channel.
     for i, log_noise in enumerate(model.log_noise):
         error = (series.level[..., i] - mean[..., i]) / jnp.exp(log_noise)
         log_prob = -0.5 * error**2 - log_noise - 0.5 * jnp.log(2 * jnp.pi)
@@ -272,7 +273,7 @@ def forecast(model: LatentSDE, task: Task, key: PRNGKeyArray):
     now = start + task.whole.ts[last]
     future = solve(model.dynamics, zs[last], now, task.ahead, None, future_key)
     ahead = observe(model, future[1:], noise_key)
-    bound = elbo(model, series, zs, kl) / jnp.sum(series.seen)
+    bound = elbo(model, series, zs, kl) / jnp.maximum(jnp.sum(series.seen), 1)
     return model.read(zs[: task.given]), ahead, bound
 
 
@@ -298,7 +299,7 @@ def train_step(state, data, i, rows: Rows, steps: int, batch: int):
     start_key, path_key = jr.split(jr.fold_in(key, i))
     chosen = jr.choice(start_key, len(windows.first), (batch,))
     series, start = windows.choose(chosen)
-    num_readings = jnp.sum(series.seen)
+    num_readings = jnp.maximum(jnp.sum(series.seen), 1)
     kl_weight = jnp.minimum(1.0, (i.astype(float32) + 1) / (0.15 * steps))
     series, start = take((series, start), rows)
 
@@ -336,7 +337,7 @@ def main(
         given: of the times of `data`, how many forecasts are given. By default, half.
         held_out_share: of the series of `data`, those to score on: the last ones.
         dt: the longest step of the solver, in the unit of the times of `data`. By
-            default, there is one for each time, and at least a hundred.
+            default, there are as many steps as times, and at least a hundred.
         steps: of the optimiser.
         batch: windows of glucose, or series of `data`, in each step.
         dim: of the latent state.

@@ -8,6 +8,7 @@ as it usually is from zero.
 
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +126,11 @@ def split(
     return values[: end - num], values[end - num : end]
 
 
+def digest(*arrays: np.ndarray) -> int:
+    """By which a file is known again, wherever it is."""
+    return zlib.crc32(b"".join(x.tobytes() for x in arrays))
+
+
 def file_task(
     path: Path,
     given: int | None,
@@ -135,11 +141,14 @@ def file_task(
     """The last `share` of the series in a file is held out."""
     values, times = load(path)
     check_times(path, times)
-    given = len(times) // 2 if given is None else given
+    given = max(2, len(times) // 2) if given is None else given
     if not 1 < given < len(times):
-        raise ValueError(f"`given`: {given} of {len(times)} times leaves no forecast.")
-    if dt is not None and dt <= 0:
-        raise ValueError(f"`dt` is positive, but is {dt}.")
+        raise ValueError(
+            f"`given` is at least 2 and less than the number of times, {len(times)}, "
+            f"but is {given}."
+        )
+    if dt is not None and not 0 < dt <= times[-1] - times[0]:
+        raise ValueError(f"`dt` is positive and no longer than a series, but is {dt}.")
     train, others = split(values, share, held_out)
     for name, x in (("for training", train), ("to forecast", others[:, given:])):
         unseen = np.flatnonzero(~np.isfinite(x).any(axis=(0, 1)))
@@ -165,7 +174,9 @@ def file_task(
         ahead=one_solve(ts[given - 1 :], step),
         prior=one_solve(ts, step),
         about=f"{len(others)} held-out series ({held_out})",
-        settings=dict(data=str(path), given=given, share=share, dt=dt, split=held_out),
+        settings=dict(
+            data=digest(values, times), given=given, share=share, dt=dt, split=held_out
+        ),
         evaluate=data.evaluate,
     )
 

@@ -36,12 +36,19 @@ _tolerance_of_one = 0.1
 
 is_unstable = (
     "`adjoint=StochasticAdjoint()`: `ReversibleHeun` is not stable on this solve, so "
-    "that the solution and its gradient are wrong, or not finite. This happens where "
-    "dynamics contract for long (a rate times the length of the solve above 4), and "
-    "near roots, such as that of the variance in the Heston model. For an Itô SDE, use "
+    "that the solution and its gradient are wrong. This happens where dynamics "
+    "contract for long (a rate times the length of the solve above 4), and near roots, "
+    "such as that of the variance in the Heston model. For an Itô SDE, use "
     "`diffrax.Euler()` on its terms without conversion; else `diffrax.Heun()` on the "
     "same terms, path and adjoint. Smaller steps seldom help, and `checkpoint_every` "
     "does not."
+)
+is_not_finite = (
+    "`adjoint=StochasticAdjoint()`: the solution that `ReversibleHeun` arrives at is "
+    "not finite. Use `diffrax.Heun()` on the same terms, path and adjoint, which is "
+    "stable where dynamics contract. If its solution is not finite either, then steps "
+    "are too long, or a vector field is not a number, such as a root or logarithm of "
+    "a negative one."
 )
 
 
@@ -85,7 +92,7 @@ class Spurious(eqx.Module):
         self, scale: Float[Array, ""], axes: Axes
     ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Whether the solution is wrong, over the batch; and whether it is this element
-        that is. An element that is not finite speaks for itself, and not for others.
+        that is. An element that is not finite does not speak for others.
         `scale` is the size of the loss by that of the change.
         """
         worth, scale = lax.stop_gradient((self.worth, scale))
@@ -99,12 +106,22 @@ class Spurious(eqx.Module):
         return is_any, is_any & (worth > tolerance * scale)
 
 
-def has_overflowed(y: Y, y0: Y, parameters: PyTree[Any]) -> Bool[Array, ""]:
-    """Whether the end of a solve is not finite, with no NaN in what it began with."""
-    is_nan = lambda x: jnp.any(jnp.isnan(x))
-    given = filter(eqx.is_inexact_array, jtu.tree_leaves(parameters))
-    is_given = ft.reduce(jnp.logical_or, map(is_nan, given), ~are_finite(y0))
-    return ~are_finite(y) & ~is_given
+def has_overflowed(
+    y: Y, y0: Y, parameters: PyTree[Any], grads: PyTree[Any]
+) -> Bool[Array, ""]:
+    """Whether a solve from `y0` ends with a `y` that is not finite, and there is no NaN
+    in its parameters. Not so if the loss does not depend on it, which `grads`, the
+    cotangents of what the solve returns, tell.
+    """
+
+    def is_any(predicate, tree):
+        leaves = filter(eqx.is_inexact_array, jtu.tree_leaves(tree))
+        each = (jnp.any(predicate(x)) for x in leaves)
+        return ft.reduce(jnp.logical_or, each, jnp.array(False))
+
+    has_nan = is_any(jnp.isnan, parameters)
+    is_used = is_any(lambda x: x != 0, grads)
+    return ~are_finite(y) & are_finite(y0) & ~has_nan & is_used
 
 
 def _change(y: Y, y0: Y) -> PyTree[Float[Array, "..."]]:

@@ -14,7 +14,12 @@ from jaxtyping import Array, Bool, Float
 
 from .._compat import State, save_y
 from .._forward.gradient_in_times import pull_back_times
-from .._forward.instability import Spurious, has_overflowed, is_unstable
+from .._forward.instability import (
+    Spurious,
+    has_overflowed,
+    is_not_finite,
+    is_unstable,
+)
 from .._forward.records import Cotangents, Recorded, Start
 from .._forward.return_error import (
     ReturnError,
@@ -88,7 +93,7 @@ class SweepRule(eqx.Module):
             start.times, recorded.loop, perturbed.times, grad_final_state
         )
         grads = (first.grads.parameters, Start(first.grads.state, saved, times))
-        return self._checked(grads, sweep, end, first, size)
+        return self._checked(grads, sweep, end, first, size, grad_final_state)
 
     def _check_supported(self, recorded: Recorded, perturbed: Start) -> None:
         if recorded.tape is None:
@@ -121,19 +126,22 @@ class SweepRule(eqx.Module):
         end: SweepState,
         first: SweepState,
         size: Callable[..., Float[Array, ""]],
+        grad_final_state: State,
     ) -> tuple[_T, Bool[Array, ""]]:
         """`grads`, and whether they are wrong: which is an error, if it is to be."""
         failed = jnp.invert(diffrax.is_okay(first.result))
         did_not_return = first.return_error.is_too_large()
-        unstable = unstable_here = jnp.array(False)
+        unstable = unstable_here = overflow = jnp.array(False)
         if first.spurious is not None:
             change = first.spurious.size_of_change(sweep.tape, sweep.init_y)
             scale = size(change, by_entry=True)
             unstable, unstable_here = first.spurious.is_too_large(scale, sweep.axes)
-            overflow = has_overflowed(end.state.y, sweep.init_y, sweep.parameters.all)
-            unstable, unstable_here = unstable | overflow, unstable_here | overflow
+            overflow = has_overflowed(
+                end.state.y, sweep.init_y, sweep.parameters.all, grad_final_state
+            )
         if self.throw:
             grads = first.result.error_if(grads, failed)
+            grads = eqx.error_if(grads, overflow, is_not_finite)
             grads = eqx.error_if(grads, unstable, is_unstable)
             # Of a solver that a user wrote, it may be the fault of its `backward_step`.
             is_inverse = jnp.array(True)
@@ -148,7 +156,7 @@ class SweepRule(eqx.Module):
                 jnp.where(is_inverse, 0, 1),
                 [could_not_return, is_not_inverse(sweep.solver)],
             )
-        return grads, failed | did_not_return | unstable_here
+        return grads, failed | did_not_return | unstable_here | overflow
 
 
 def _make_size_of_loss(

@@ -110,24 +110,27 @@ def gradients(adjoint, argnums, num=1, **kwargs):
 heun, reversible_heun = diffrax.Heun(), ReversibleHeun()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "adjoint, kwargs",
-    [
-        (StochasticAdjoint(), dict(solver=reversible_heun, num=3)),
-        (StochasticAdjoint(), dict(solver=heun)),
-        (StochasticAdjoint(store_all=True), dict(solver=heun)),
-        (
-            StochasticAdjoint(),
-            dict(
-                solver=reversible_heun,
-                stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-3),
-            ),
+gradient_cases = {
+    "batch": (StochasticAdjoint(), dict(solver=reversible_heun, num=3)),
+    "replay": (StochasticAdjoint(), dict(solver=heun)),
+    "store all": (StochasticAdjoint(store_all=True), dict(solver=heun)),
+    "adaptive": (
+        StochasticAdjoint(),
+        dict(
+            solver=reversible_heun,
+            stepsize_controller=diffrax.PIDController(rtol=1e-2, atol=1e-3),
         ),
-    ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    by_default_unless(("batch", "store all", "adaptive"), gradient_cases),
 )
-def test_gradients(adjoint, kwargs):
+def test_gradients(case):
     """Also with respect to the end."""
+    adjoint, kwargs = gradient_cases[case]
     ours = gradients(adjoint, (0, 1, 2), **kwargs)
     exact = gradients(diffrax.RecursiveCheckpointAdjoint(), (0, 1, 2), **kwargs)
     assert relative_error(ours, exact) < 1e-11
@@ -213,6 +216,25 @@ def test_rows():
 
     whole, rows = evaluate(end)
     np.testing.assert_allclose(rows, whole[1:3], rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_batch_of_grids():
+    """Of different numbers of cells, in another precision than the path."""
+
+    @jax.jit
+    @jax.vmap
+    def whole(dt, end):
+        t0, t1 = jnp.float32(0), jnp.float32(1)
+        path = BrownianInterval(
+            t0, t1, struct((), jnp.float64), jr.key(0), dt=dt, end=end
+        )
+        return path.evaluate(t0, jnp.float32(0.3)), path.evaluate(t0, t1)
+
+    end = jnp.array([1.0, -2.0, 0.5])
+    parts, wholes = whole(jnp.float32([0.5, 0.25, 0.1]), end)
+    np.testing.assert_allclose(wholes, end, atol=1e-6)
+    assert len(set(np.asarray(parts).tolist())) == 3
 
 
 @pytest.mark.parametrize(

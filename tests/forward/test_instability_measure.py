@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrax_sde_adjoint._forward.instability import Spurious
+from diffrax_sde_adjoint._forward.instability import Spurious, has_overflowed
 from diffrax_sde_adjoint._forward.tape import Tape
 
 
@@ -151,3 +151,16 @@ def test_has_no_derivative():
         return jnp.where(is_any, 1.0, 0.0)
 
     assert jax.grad(number)(0.5) == 0.0
+
+
+def test_overflow():
+    """Is none if it was there at the start, or if nothing depends on the solution."""
+    one, nan, inf = map(jnp.array, (1.0, np.nan, np.inf))
+    parameters = {"count": jnp.array(1), "bound": inf, "fn": abs}
+    for y in (nan, inf):
+        assert has_overflowed(y, one, parameters, [one, 0 * one])
+        assert has_overflowed(y, one, parameters, [nan])
+        assert not has_overflowed(y, one, parameters, [0 * one, None])
+        assert not has_overflowed(y, inf, parameters, [one])
+        assert not has_overflowed(y, one, parameters | {"bound": nan}, [one])
+    assert not has_overflowed(one, one, parameters, [one])
