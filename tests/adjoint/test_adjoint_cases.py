@@ -376,6 +376,7 @@ cases = {
         controller="clip",
         backward=True,
         differentiate_times=True,
+        slow=True,
     ),
     **{
         name: Case(name, slow=True)

@@ -231,14 +231,8 @@ def test_numerics_of_its_own():
     assert adaptive < coarse / 4
 
 
-@pytest.mark.parametrize(
-    "solver",
-    (
-        "Heun",
-        pytest.param("Tsit5", marks=pytest.mark.slow),
-        pytest.param("Kvaerno3", marks=pytest.mark.slow),
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ("Heun", "Tsit5", "Kvaerno3"))
 def test_odes(solver):
     """Also with jumps, and beside a control that is not noise."""
     _, _, y0, args = make_system("diagonal")
@@ -312,13 +306,9 @@ def test_reversed_levy_areas():
         reversed_control([Other(1.0, 2.0, 3.0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "noise,throw",
-    (
-        ("general", True),
-        pytest.param("general", False, marks=pytest.mark.slow),
-        pytest.param("diagonal", True, marks=pytest.mark.slow),
-    ),
+    "noise,throw", (("general", True), ("general", False), ("diagonal", True))
 )
 def test_milstein_needs_commutative_noise(noise, throw):
     saveat = diffrax.SaveAt(t1=True)

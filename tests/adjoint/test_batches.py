@@ -95,6 +95,7 @@ def test_parameters_shared_over_some_axes(solver):
     assert relative_error(ours, theirs) < 1e-9
 
 
+@pytest.mark.slow
 def test_pages_of_which_states_are_kept():
     """Long enough for the sweep to look at the states within them, of a batch whose
     elements are elsewhere on their pages.

@@ -72,7 +72,7 @@ def make_path(key, shape=(), **grid) -> BrownianInterval:
 @pytest.mark.parametrize(
     "grid,levy_area",
     by_default_unless(
-        (("dt that does not divide", "W"), ("none", "W")),
+        (("dt that does not divide", "W"), ("ts", "W"), ("none", "W")),
         (*((grid, "W") for grid in grids), ("none", "K")),
     ),
 )
@@ -117,7 +117,6 @@ def test_value_is_increment_from_the_start(grid):
 # What is tried by default; the others are slow.
 few = {
     "dt that does not divide": ("W", f64),
-    "ts": ("K", f64),
     "none": ("H", jnp.float32),
 }
 
@@ -286,6 +285,7 @@ def test_queries_of_tiny_cells():
     np.testing.assert_allclose(whole, float(end - start), rtol=0.06)
 
 
+@pytest.mark.slow
 def test_query_in_another_dtype():
     """A float32 solve on a float64 path, and the other way round."""
     path64 = BrownianInterval(0.0, 1.0, (2,), jr.key(0), dt=0.1)
@@ -355,7 +355,7 @@ def test_half_precision_over_many_cells():
 @pytest.mark.parametrize(
     "levy_area",
     [
-        pytest.param(x, id=name, marks=pytest.mark.slow if name == "H" else ())
+        pytest.param(x, id=name, marks=() if name == "W" else pytest.mark.slow)
         for name, x in levy_areas.items()
     ],
 )
@@ -509,6 +509,7 @@ def test_from_right_to_left(grid, levy_area):
         assert eqx.tree_equal(actual, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_complex_levy_areas():
     dtype = jnp.complex128
     path = make_path(

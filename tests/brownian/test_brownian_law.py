@@ -284,6 +284,7 @@ def test_additive(grid, dtype):
     assert np.all(np.abs(length - (c.astype(float) - a)) <= 4 * eps)
 
 
+@pytest.mark.slow
 def test_below_the_resolution():
     """The path is smooth: a short query is a straight line, with `H` and `K` near zero.
     (They are not if they are just made consistent with the longer queries.)
