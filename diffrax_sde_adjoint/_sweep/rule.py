@@ -141,8 +141,8 @@ class SweepRule(eqx.Module):
             )
         if self.throw:
             grads = first.result.error_if(grads, failed)
-            grads = eqx.error_if(grads, overflow, is_not_finite)
             grads = eqx.error_if(grads, unstable, is_unstable)
+            grads = eqx.error_if(grads, overflow, is_not_finite)
             # Of a solver that a user wrote, it may be the fault of its `backward_step`.
             is_inverse = jnp.array(True)
             if is_reversible(sweep.solver) and not (
