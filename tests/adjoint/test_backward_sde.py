@@ -326,6 +326,7 @@ def test_milstein_needs_commutative_noise(noise, throw):
         assert all(np.all(np.isnan(x)) for x in jtu.tree_leaves(gradient()))
 
 
+@pytest.mark.slow
 def test_a_backward_solve_that_goes_astray_is_an_error():
     """Steps that are too long for the backward dynamics, unless the solution starts
     anew every so many steps of the forward solve.

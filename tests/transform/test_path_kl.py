@@ -218,10 +218,13 @@ def test_log_ratio(solver, sense):
     assert abs(jnp.mean(weights) - 1) < 4 * jnp.std(weights) / 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise, dtype",
-    (*((noise, jnp.float64) for noise in noise_shapes), ("diagonal", jnp.float32)),
+    by_default_unless(
+        lambda *_: True,
+        (*((noise, jnp.float64) for noise in noise_shapes), ("diagonal", jnp.float32)),
+        long=lambda noise, _: noise in ("scalar", "additive"),
+    ),
 )
 def test_shifts_and_adjoints(noise, dtype):
     """A posterior given by its drift and by the shift of the noise is the same, if that
