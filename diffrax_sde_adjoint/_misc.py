@@ -3,6 +3,7 @@ as the value is known.
 """
 
 import contextlib
+import functools as ft
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -113,6 +114,15 @@ callback_log.addFilter(_is_new)
 def zeros_like(tree: PyTree[Any]) -> PyTree[Array]:
     """Zeros of the shapes and dtypes of the leaves, which may be structs."""
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def any_entry(
+    predicate: Callable[[Array], Bool[Array, "..."]], tree: PyTree[Any]
+) -> Bool[Array, ""]:
+    """Whether it is true of an entry of the inexact arrays."""
+    leaves = filter(eqx.is_inexact_array, jtu.tree_leaves(tree))
+    each = (jnp.any(predicate(x)) for x in leaves)
+    return ft.reduce(jnp.logical_or, each, jnp.array(False))
 
 
 def num_bytes(tree: PyTree[Any]) -> int:

@@ -12,7 +12,6 @@ has by how far the solution goes from its start. See "Limits" in
 `docs/how_it_works/stochastic_adjoint.md`.
 """
 
-import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +22,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._autodiff.batched_vjp import Axes
 from .._compat import Y
+from .._misc import any_entry
 from .return_error import are_finite
 from .tape import Tape
 
@@ -113,14 +113,8 @@ def has_overflowed(
     in its parameters. Not so if the loss does not depend on it, which `grads`, the
     cotangents of what the solve returns, tell.
     """
-
-    def is_any(predicate, tree):
-        leaves = filter(eqx.is_inexact_array, jtu.tree_leaves(tree))
-        each = (jnp.any(predicate(x)) for x in leaves)
-        return ft.reduce(jnp.logical_or, each, jnp.array(False))
-
-    has_nan = is_any(jnp.isnan, parameters)
-    is_used = is_any(lambda x: x != 0, grads)
+    has_nan = any_entry(jnp.isnan, parameters)
+    is_used = any_entry(lambda x: x != 0, grads)
     return ~are_finite(y) & are_finite(y0) & ~has_nan & is_used
 
 

@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._compat import Y
+from .._misc import any_entry
 
 
 # In solves of OU processes over various horizons, gradients are more accurate than the
@@ -96,10 +97,7 @@ class ReturnError(eqx.Module):
 
 def are_finite(tree: PyTree[Any]) -> Bool[Array, ""]:
     """Whether all entries of all inexact arrays are."""
-    leaves = filter(eqx.is_inexact_array, jtu.tree_leaves(tree))
-    return ft.reduce(
-        jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in leaves), jnp.array(True)
-    )
+    return ~any_entry(lambda x: ~jnp.isfinite(x), tree)
 
 
 def size_of_loss(

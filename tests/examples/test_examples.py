@@ -1,7 +1,6 @@
 """The examples learn."""
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
@@ -20,21 +19,6 @@ from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("neural_sde", "heston", "neural_cde")
-
-
-@pytest.fixture(autouse=True)
-def _default_dtype():
-    """float32, and no float64, as when an example is run."""
-    jax.config.update("jax_enable_x64", False)
-    yield
-    jax.config.update("jax_enable_x64", True)
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Imports an example, as if it was run from its folder."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("name", SHORT)
