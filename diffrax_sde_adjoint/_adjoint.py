@@ -129,7 +129,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of explicit
     Runge-Kutta methods are written out, which is faster than diffrax's loop. What has a
     derivative in reverse mode only, as every `jax.custom_vjp` does, is evaluated once
-    more; so are steps of implicit methods.
+    more. Of implicit methods the roots are kept, and the vector field is evaluated
+    there once more; a root is found again only if there may be jumps, or inside of
+    [`diffrax.HalfSolver`][].
 
     It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
     undoing steps misses where the solve had been by what is worth more than 6e-6

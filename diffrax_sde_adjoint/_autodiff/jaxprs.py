@@ -12,7 +12,7 @@ from .._compat import bind, in_context_of
 
 
 # What `jax.jit` is as a primitive; before JAX 0.7 it was the other one.
-_jit = ("jit", "pjit")
+jit_names = ("jit", "pjit")
 
 
 class _Found:
@@ -65,7 +65,7 @@ def evaluate_equations(
         inputs = read(equation.invars, values)
 
         def compute(equation=equation, inputs=inputs):
-            if equation.primitive.name in _jit:
+            if equation.primitive.name in jit_names:
                 return evaluate(equation.params["jaxpr"], *inputs, found=found)
             return bind(equation, inputs)
 
@@ -146,12 +146,25 @@ def variables_of(inputs: Iterable[Any]) -> list[Any]:
     return [x for x in inputs if isinstance(x, jex.core.Var)]
 
 
+def has_loop(equation: Any) -> bool:
+    """Whether an equation is a loop that ends when a condition is met, or has one
+    inside.
+    """
+    is_loop = equation.primitive.name == "while"
+    return is_loop or any("while" in primitives(x) for x in inner_jaxprs(equation))
+
+
 def primitives(jaxpr: jex.core.Jaxpr) -> Iterator[str]:
     """The names of all that are used, at any depth."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in _jaxprs_in(equation.params.values()):
+        for inner in inner_jaxprs(equation):
             yield from primitives(inner)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[jex.core.Jaxpr]:
+    """Those of the functions that are its parameters."""
+    return _jaxprs_in(equation.params.values())
 
 
 def _jaxprs_in(params: Iterable[Any]) -> Iterator[jex.core.Jaxpr]:

@@ -22,6 +22,7 @@ from .jaxprs import (
     dependent,
     evaluate,
     evaluate_equations,
+    has_loop,
     needed,
     primitives,
     read,
@@ -29,6 +30,7 @@ from .jaxprs import (
     without_addends,
     without_jits,
 )
+from .unrolled import unrolled
 
 
 # These have no derivative in forward mode, the last of them by `with_derivative`; and
@@ -78,9 +80,11 @@ class Linearized:
     derivative.
 
     What is to be kept are residuals that vary, or what they are found from at no cost,
-    but for what is given again. A function that has no derivative in forward mode, or
-    for which this is asked, is evaluated again when cotangents are pulled back, so its
-    residuals are its inputs.
+    but for what is given again. If it `finds_roots`, by iterations, these are its
+    inputs and the roots: the derivative of a root may not be finite where a step is
+    rejected. A function that has no derivative in forward mode is evaluated again when
+    cotangents are pulled back, so its residuals are its inputs; and so is one of which
+    it is not known before which roots it finds.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Linearized:
         fn: Callable[[Inputs], Any],
         inputs: Inputs,
         has_aux: bool,
-        is_evaluated_again: bool = False,
+        finds_roots: bool = False,
     ):
         arrays, static = _partition(inputs)
         static_out: Any = None
@@ -111,9 +115,10 @@ class Linearized:
         num_shared, num_own, *_ = lengths
         sizes = (is_differentiated, num_shared, num_own)
         found = None
-        used = primitives(jaxpr.jaxpr)
-        if not is_evaluated_again and _in_reverse_only.isdisjoint(used):
-            found = _linearize(jaxpr, *sizes)
+        written_out = unrolled(jaxpr) if finds_roots else jaxpr
+        if not (finds_roots and _may_find_others(written_out.jaxpr)):
+            if _in_reverse_only.isdisjoint(primitives(jaxpr.jaxpr)):
+                found = _linearize(written_out, *sizes)
         self._is_linear = found is not None
         self._jaxpr, self._fn = found or _evaluated_again(jaxpr, *sizes)
         equations, invars = self._jaxpr.jaxpr.eqns, self._jaxpr.jaxpr.invars
@@ -125,7 +130,8 @@ class Linearized:
         self._known_again = [*shared, *constant, *given]
         varying = dependent(equations, [*self._own, *own_rest, *given])
         self._residuals = self._jaxpr.jaxpr.outvars[self._out_treedef.num_leaves :]
-        self._kept = _to_keep(self._jaxpr.jaxpr, self._residuals, varying, given)
+        to_keep = _iterated if finds_roots else _to_keep
+        self._kept = to_keep(self._jaxpr.jaxpr, self._residuals, varying, given)
         known = {*self._kept, *self._known_again, *self._jaxpr.jaxpr.constvars}
         self._found_again = needed(equations, self._residuals, known)
 
@@ -280,6 +286,28 @@ def _evaluated_again(
         return [jnp.asarray(x) for x, b in pairs if b]
 
     return jax.make_jaxpr(with_inputs)(*jaxpr.in_avals), outputs
+
+
+def _may_find_others(jaxpr: jex.core.Jaxpr) -> bool:
+    """Whether it is known only when it runs which roots a function finds."""
+    branches = {"cond", "scan", "while"}
+    return any(x.primitive.name in branches and has_loop(x) for x in jaxpr.eqns)
+
+
+def _iterated(
+    jaxpr: jex.core.Jaxpr,
+    residuals: Sequence[Any],
+    varying: set[Any],
+    given: Sequence[Any],
+) -> list[Any]:
+    """What varies that `residuals` can be found from without a loop."""
+    found = [x for e in jaxpr.eqns if has_loop(e) for x in e.outvars]
+    sources = [x for x in [*jaxpr.invars, *found] if x in varying]
+    equations = needed(jaxpr.eqns, residuals, {*sources, *given})
+    used = {*variables_of(residuals)}.union(
+        *(variables_of(e.invars) for e in equations)
+    )
+    return [x for x in sources if x in used and x not in given]
 
 
 def _to_keep(

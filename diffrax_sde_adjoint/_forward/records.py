@@ -57,7 +57,7 @@ class Differentiated(eqx.Module):
         own: Any,
         *fixed: Any,
         has_aux: bool = False,
-        is_evaluated_again: bool = False,
+        finds_roots: bool = False,
     ) -> "LinearizedInParameters":
         """`fn(parameters, own, *fixed)`, traced: see `Linearized`. No more than `which`
         parameters are differentiated, so the cotangents of others are not carried
@@ -69,7 +69,7 @@ class Differentiated(eqx.Module):
             return fn(parameters, inputs.own, *inputs.given)
 
         inputs = self._inputs(which, own, fixed)
-        linearized = Linearized(of_inputs, inputs, has_aux, is_evaluated_again)
+        linearized = Linearized(of_inputs, inputs, has_aux, finds_roots)
         return LinearizedInParameters(linearized, which, self)
 
     def _inputs(self, which: Parameters, own: Any, fixed: Any) -> Inputs:

@@ -30,7 +30,13 @@ from .._compat import (
     nondifferentiable_backward,
 )
 from .._misc import num_bytes, zeros_like
-from .._solver import ReversibleHeun, carried, check_sense, never_fails
+from .._solver import (
+    ReversibleHeun,
+    carried,
+    check_sense,
+    has_layer,
+    never_fails,
+)
 from .._solver.stage_loops import (
     in_forward_mode,
     linearizable,
@@ -289,9 +295,13 @@ def _make_recorder(
             (init_state.y, init_state.solver_state)
         )
         # The solve may not be differentiated, and its vector field have no derivative.
+        # What is kept of an implicit step, a few states, takes long to find out.
         with contextlib.suppress(Exception):
-            step = trace() if linearized_step is None else linearized_step
-            size_of_step = num_bytes(step.linearized.kept_structs)
+            step = linearized_step
+            if step is None and not has_layer(solver, diffrax.AbstractImplicitSolver):
+                step = trace()
+            if step is not None:
+                size_of_step = num_bytes(step.linearized.kept_structs)
         steps_per_page = steps_per_page(size_of_state, size_of_step)
 
     def first_step(state: State) -> MadeStep:

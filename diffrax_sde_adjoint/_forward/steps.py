@@ -61,15 +61,12 @@ def make_step(
 def linearize_step(parameters: Differentiated, *inputs: Any) -> LinearizedInParameters:
     """`make_step`, traced for inputs as of `inputs_of_step`."""
     _, solver, *_ = inputs
-    is_implicit = has_layer(solver, diffrax.AbstractImplicitSolver)
     return parameters.linearized(
         make_step,
         of_step,
         *inputs,
         has_aux=True,
-        # The derivative of a root may not be finite where a step is rejected; or where
-        # a stage is explicit and has none, which is tried too in a batch.
-        is_evaluated_again=is_implicit,
+        finds_roots=has_layer(solver, diffrax.AbstractImplicitSolver),
     )
 
 

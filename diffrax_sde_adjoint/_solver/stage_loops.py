@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -74,11 +73,8 @@ def _replace(solver: Any, cls: Any, fn: Callable[[Any], Any]) -> Any:
     return jtu.tree_map(replace, solver, is_leaf=is_leaf)
 
 
-class _SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
-    """A method of diffrax's, with stages that are arrays of their own. In diffrax's
-    loop they are the rows of one array, which is soon too large for the fast way in
-    which XLA runs loops on a CPU: see `docs/how_it_works/small_loops.md`.
-    """
+class _OwnSteps(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+    """A method of diffrax's, with steps that are made in another way."""
 
     @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,13 +84,14 @@ class _SeparateStages(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         return self.solver.init(terms, t0, t1, y0, args)
 
 
-class ExplicitStages(_SeparateStages):
-    """An explicit Runge-Kutta method of diffrax's. `is_started` says that the state has
-    the vector field at the start of the first step too, if it has that of others.
+class ExplicitStages(_OwnSteps):
+    """An explicit Runge-Kutta method of diffrax's, with stages that are arrays of their
+    own. In diffrax's loop they are the rows of one array, which is soon too large for
+    the fast way in which XLA runs loops on a CPU: see
+    `docs/how_it_works/small_loops.md`.
     """
 
     solver: diffrax.AbstractERK
-    is_started: bool = eqx.field(static=True, default=False)
 
     def step(
         self,
@@ -106,11 +103,22 @@ class ExplicitStages(_SeparateStages):
         solver_state: Any,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, Any, diffrax.RESULTS]:
-        if self.is_started and solver_state is not None:
-            solver_state = (False, solver_state[1])
         return explicit_step(
             self.solver.tableau, terms, t0, t1, y0, args, solver_state, made_jump
         )
+
+
+class StartedSolver(_OwnSteps):
+    """A Runge-Kutta method, the state of which has the vector field at the start of the
+    first step too, as it has that of others.
+    """
+
+    solver: diffrax.AbstractSolver
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        _, vf = solver_state
+        state = (False, vf)
+        return self.solver.step(terms, t0, t1, y0, args, state, made_jump)
 
 
 def started(
@@ -124,10 +132,15 @@ def started(
     """`solver` and its state at the start of a solve, with the vector field evaluated
     there, if it was to be evaluated in the first step only.
     """
-    if type(solver) is not ExplicitStages or solver_state is None:
+    has_stages = issubclass(type(solver), ExplicitStages | diffrax.AbstractRungeKutta)
+    has_own_step = type(solver).step not in (
+        ExplicitStages.step,
+        diffrax.AbstractRungeKutta.step,
+    )
+    if not has_stages or has_own_step or solver_state is None:
         return solver, solver_state
     state = (jnp.array(False), solver.func(terms, t, y, args))
-    return ExplicitStages(solver.solver, is_started=True), state
+    return StartedSolver(solver), state
 
 
 def explicit_step(
@@ -168,8 +181,8 @@ def explicit_step(
     return y1, y_error, dense_info, solver_state, diffrax.RESULTS.successful
 
 
-class StochasticStages(_SeparateStages):
-    """A stochastic Runge-Kutta method of diffrax's."""
+class StochasticStages(_OwnSteps):
+    """A stochastic Runge-Kutta method of diffrax's, with such stages."""
 
     solver: diffrax.AbstractSRK
 

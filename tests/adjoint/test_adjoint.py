@@ -111,7 +111,9 @@ def is_slow(noise, saveat, direction):
 @pytest.mark.parametrize(
     "noise,saveat,direction",
     by_default_unless(
-        is_slow, itertools.product(noise_shapes, saveats, ("forward", "backward"))
+        is_slow,
+        itertools.product(noise_shapes, saveats, ("forward", "backward")),
+        long=lambda noise, *_: noise in ("scalar", "additive"),
     ),
 )
 def test_gradients(noise, saveat, direction):

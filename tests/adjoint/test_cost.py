@@ -11,6 +11,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import by_default_unless
 from jax.interpreters import ad, mlir
 
 from diffrax_sde_adjoint import (
@@ -198,15 +199,14 @@ class _Sum(diffrax.AbstractPath):
 
 
 @pytest.mark.parametrize(
-    "vmapped", (True, pytest.param(False, marks=_slow)), ids=("vmapped", "one")
-)
-@pytest.mark.parametrize(
-    "vector_field, solver, adjoint",
-    (
-        (_gather, diffrax.Heun(), StochasticAdjoint()),
-        *(
-            pytest.param(*case, marks=_slow)
+    "vmapped, vector_field, solver, adjoint",
+    by_default_unless(
+        lambda vmapped, vector_field, *_: not (vmapped and vector_field is _gather),
+        [
+            (vmapped, *case)
+            for vmapped in (True, False)
             for case in (
+                (_gather, diffrax.Heun(), StochasticAdjoint()),
                 (_take, diffrax.Heun(), StochasticAdjoint()),
                 (_slice, ReversibleHeun(), StochasticAdjoint()),
                 (_linear, diffrax.Heun(), StochasticAdjoint()),
@@ -218,10 +218,11 @@ class _Sum(diffrax.AbstractPath):
                 ("control", ReversibleHeun(), StochasticAdjoint()),
                 ("control", diffrax.Heun(), StochasticAdjoint(store_all=True)),
             )
-        ),
+        ],
+        long=lambda vmapped, vector_field, *_: not (vmapped or vector_field is _gather),
     ),
 )
-def test_length_of_what_is_indexed_by_time(vector_field, solver, adjoint, vmapped):
+def test_length_of_what_is_indexed_by_time(vmapped, vector_field, solver, adjoint):
     """It adds what it takes to read it and to return its cotangent, but none to a
     step.
     """

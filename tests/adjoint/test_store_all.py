@@ -2,6 +2,8 @@
 comes from the forward solve.
 """
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from helpers import relative_error
 
 from diffrax_sde_adjoint import StochasticAdjoint
+from diffrax_sde_adjoint._autodiff.jaxprs import has_loop, inner_jaxprs
 
 
 def _solve(vector_field, y0, args, adjoint, t1=1.0, solver=None, **kwargs):
@@ -138,23 +141,73 @@ def test_vector_field_without_derivative():
     assert relative_error(value(weight, StochasticAdjoint()), expected[0]) < 1e-12
 
 
-@pytest.mark.slow
-def test_batch_of_implicit_steps():
-    """Whose first stage is explicit: no linear system is solved for it, of which there
-    are only zeros.
-    """
+_newton = optx.Newton(1e-10, 1e-10)
+_implicit = {
+    cls.__name__: cls(root_finder=_newton)
+    for cls in (
+        diffrax.ImplicitEuler,
+        diffrax.Kvaerno3,
+        diffrax.Kvaerno5,
+        diffrax.KenCarp3,
+        diffrax.Sil3,
+    )
+}
 
-    def loss(args, adjoint):
-        def one(y0):
-            vector_field = lambda t, y, args: jnp.tanh(args @ y) - y
-            solver = diffrax.Kvaerno3(root_finder=optx.Newton(1e-9, 1e-9))
-            return _solve(vector_field, y0, args, adjoint, solver=solver)
 
-        y0s = jnp.array([[0.5, -0.2], [0.1, 0.4], [-1.0, 2.0]])
-        return jnp.sum(jax.vmap(one)(y0s) ** 2)
+def _implicit_loss(solver, matrix, t1s, adjoint):
+    """Of solves in a batch, of which some make fewer steps, or none."""
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    args = jnp.array([[0.3, -0.2], [0.7, 1.1]])
-    ours = gradient(args, StochasticAdjoint(store_all=True))
-    theirs = gradient(args, diffrax.RecursiveCheckpointAdjoint())
-    assert relative_error(ours, theirs) < 1e-12
+    def drift(t, y, matrix):
+        # It is not defined at zero, where no step is.
+        return jnp.tanh(matrix @ y) / jnp.sum(y**2)
+
+    terms = diffrax.ODETerm(drift)
+    if isinstance(solver, diffrax.KenCarp3 | diffrax.Sil3):
+        decay = diffrax.ODETerm(lambda t, y, matrix: -matrix[0] * y)
+        terms = diffrax.MultiTerm(terms, decay)
+
+    def one(t1, y0):
+        sol = diffrax.diffeqsolve(
+            terms, solver, 0.0, t1, 0.1, y0, matrix, adjoint=adjoint, max_steps=16
+        )
+        return sol.ys
+
+    y0s = jnp.array([[0.5, -0.2], [0.1, 0.4], [-1.0, 2.0]])
+    return jnp.sum(jax.vmap(one)(t1s, y0s) ** 2)
+
+
+_matrix = jnp.array([[0.3, -0.2], [0.7, 1.1]])
+_t1s = jnp.array([1.0, 0.0, 0.33])
+
+
+@pytest.mark.parametrize("adjoint", (True, False), ids=("store_all", "default"))
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(x, marks=pytest.mark.slow, id=n) for n, x in _implicit.items()],
+)
+def test_batch_of_implicit_steps(solver, adjoint):
+    loss = functools.partial(_implicit_loss, solver)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    ours = gradient(_matrix, _t1s, StochasticAdjoint(store_all=adjoint))
+    theirs = gradient(_matrix, _t1s, diffrax.RecursiveCheckpointAdjoint())
+    assert relative_error(ours[0], theirs[0]) < 1e-11
+
+
+def _num_root_finds(fn, *args):
+    """Loops that have a derivative by the implicit function theorem."""
+
+    def count(jaxpr):
+        is_one = lambda x: x.primitive.name == "custom_jvp_call" and has_loop(x)
+        return sum(is_one(x) or sum(map(count, inner_jaxprs(x))) for x in jaxpr.eqns)
+
+    return count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+@pytest.mark.parametrize("name", ("ImplicitEuler", "Kvaerno3"))
+def test_roots_are_found_once(name):
+    """Those of the solve, and on the way back none."""
+    loss = functools.partial(_implicit_loss, _implicit[name])
+    num = lambda fn: _num_root_finds(
+        lambda matrix: fn(matrix, _t1s, StochasticAdjoint(store_all=True)), _matrix
+    )
+    assert num(jax.grad(loss)) == num(loss) > 0

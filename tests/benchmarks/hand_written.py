@@ -9,6 +9,7 @@ the final value matters, and check nothing.
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import diffrax
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -178,5 +179,28 @@ def scan(model: Model, num_steps: int) -> Loss:
         init = solver.init(y0, params)
         (y1, _, _), _ = lax.scan(body, init, jnp.arange(num_steps))
         return model.loss_of_final(y1)
+
+    return loss
+
+
+def scan_of_steps(
+    solver: diffrax.AbstractSolver,
+    make_terms: Callable[[PRNGKeyArray], PyTree[diffrax.AbstractTerm]],
+    num_steps: int,
+) -> Loss:
+    """Steps of a solver of diffrax's in [0, 1], to be differentiated by JAX."""
+
+    def loss(params, y0, key):
+        terms, dt = make_terms(key), jnp.asarray(1 / num_steps, y0.dtype)
+        state = solver.init(terms, jnp.zeros_like(dt), dt, y0, params)
+
+        def body(carry, i):
+            t0, t1 = (_time(j, num_steps, y0) for j in (i, i + 1))
+            y, state = carry
+            y, *_, state, _ = solver.step(terms, t0, t1, y, params, state, False)
+            return (y, jtu.tree_map(jnp.asarray, state)), None
+
+        (y1, _), _ = lax.scan(body, (y0, state), jnp.arange(num_steps))
+        return jnp.mean(y1**2)
 
     return loss

@@ -126,6 +126,7 @@ few = {
     by_default_unless(
         lambda grid, *others: others != few.get(grid),
         itertools.product(grids, levy_areas, (f64, jnp.float32)),
+        long=lambda grid, levy_area, dtype: dtype == jnp.float32,
     ),
 )
 def test_simple_queries_are_like_others(grid, levy_area, dtype, monkeypatch):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from diffrax import DirectAdjoint, Midpoint
+from helpers import by_default_unless
 
 from diffrax_sde_adjoint import ReversibleHeun, StochasticAdjoint
 
@@ -336,8 +337,10 @@ def test_windows_are_played_faster_or_slower(example):
     assert parts.min() >= 0 and parts.max() <= 299.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("process", ["lorenz", "gbm"])
+@pytest.mark.parametrize(
+    "process",
+    by_default_unless(lambda _: True, ("lorenz", "gbm"), long=("gbm",)),
+)
 def test_latent_sde_synthetic(example, tmp_path, process):
     scores = example("latent_sde_synthetic").main(
         process=process, steps=80, batch=8, observed=0.5, out=tmp_path

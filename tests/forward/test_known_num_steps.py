@@ -158,7 +158,7 @@ _cases = [
         num_steps,
         id=f"{name}, {num_steps} steps",
         # By default, most gradients of other tests are of such solves.
-        marks=pytest.mark.slow,
+        marks=pytest.mark.slow if num_steps in (30, 67) else pytest.mark.long,
     )
     for num_steps in (1, 30, 64, 67)
     for name, way in _ways.items()

@@ -228,7 +228,7 @@ def is_slow(grid, case):
     by_default_unless(
         is_slow,
         itertools.product(grids, cases),
-        long=lambda grid, case: grid == "one cell",
+        long=lambda grid, case: cases[case].slow and grid != "off the grid",
     ),
 )
 def test_strong_order(grid, case):

@@ -1,0 +1,83 @@
+"""Functions with short loops written out, so that it is known which of their branches
+are taken.
+
+So are the stages of diffrax's implicit Runge-Kutta methods: they are one loop, in which
+it depends on the number of the stage whether there is a root to be found.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import bind, in_context_of
+from .jaxprs import has_loop, jit_names, read
+
+
+# The length of loops that are written out.
+_max_length = 16
+
+
+def unrolled(closed_jaxpr: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
+    """A function with what does not depend on its arguments evaluated, and its short
+    loops of a known length written out, if there are others inside.
+    """
+    fn = lambda *args: _evaluate(closed_jaxpr, args)
+    return jax.make_jaxpr(fn)(*closed_jaxpr.in_avals)
+
+
+def _evaluate(closed_jaxpr: jex.core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    jaxpr = closed_jaxpr.jaxpr
+    values = dict(zip(jaxpr.constvars, closed_jaxpr.consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    for equation in jaxpr.eqns:
+        inputs = read(equation.invars, values)
+        inputs = list(map(_typed, inputs, equation.invars))
+        with in_context_of(equation):
+            out = _evaluate_equation(equation, inputs)
+        values.update(zip(equation.outvars, out, strict=True))
+    return read(jaxpr.outvars, values)
+
+
+def _evaluate_equation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    name, params = equation.primitive.name, equation.params
+    if name in jit_names:
+        return _evaluate(params["jaxpr"], inputs)
+    if name == "cond" and _is_known(inputs[0]):
+        return _evaluate(params["branches"][int(inputs[0])], inputs[1:])
+    if name == "scan" and params["length"] <= _max_length and has_loop(equation):
+        return _evaluate_scan(inputs, **params)
+    if all(map(_is_known, inputs)) and not equation.effects and not has_loop(equation):
+        with jax.ensure_compile_time_eval():
+            return bind(equation, inputs)
+    return bind(equation, inputs)
+
+
+def _evaluate_scan(
+    inputs: list[Any], *, jaxpr, length, reverse, num_consts, num_carry, **_: Any
+) -> list[Any]:
+    consts, carry = inputs[:num_consts], inputs[num_consts:][:num_carry]
+    all_xs, all_ys = inputs[num_consts + num_carry :], [[]] * length
+    for i in reversed(range(length)) if reverse else range(length):
+        out = _evaluate(jaxpr, [*consts, *carry, *(x[i] for x in all_xs)])
+        carry, all_ys[i] = out[:num_carry], out[num_carry:]
+    return [*carry, *map(jnp.stack, zip(*all_ys, strict=True))]
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _typed(x: Any, variable: Any) -> Any:
+    """A number as an array of the very type that it has in the jaxpr."""
+    if isinstance(x, jax.core.Tracer | jax.Array):
+        return x
+    with jax.ensure_compile_time_eval():
+        weak = jnp.asarray(np.asarray(x).tolist())
+        if variable.aval.weak_type and weak.dtype == variable.aval.dtype:
+            return weak
+        return jnp.asarray(x, variable.aval.dtype)
