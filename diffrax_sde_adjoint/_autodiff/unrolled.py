@@ -50,20 +50,27 @@ def _evaluate_equation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
     if name == "cond" and _is_known(inputs[0]):
         return _evaluate(params["branches"][int(inputs[0])], inputs[1:])
     if name == "scan" and params["length"] <= _max_length and has_loop(equation):
-        return _evaluate_scan(inputs, **params)
+        return _evaluate_scan(equation, inputs)
     if all(map(_is_known, inputs)) and not equation.effects and not has_loop(equation):
         with jax.ensure_compile_time_eval():
             return bind(equation, inputs)
     return bind(equation, inputs)
 
 
-def _evaluate_scan(
-    inputs: list[Any], *, jaxpr, length, reverse, num_consts, num_carry, **_: Any
-) -> list[Any]:
+def _evaluate_scan(equation: Any, inputs: list[Any]) -> list[Any]:
+    body = equation.params["jaxpr"]
+    length, reverse = equation.params["length"], equation.params["reverse"]
+    # What the loop goes along has an axis more than in its body. The parameters which
+    # say so are not the same in all versions of JAX.
+    is_along = lambda variable, aval: variable.aval.shape != aval.shape
+    num_xs = sum(map(is_along, equation.invars, body.in_avals))
+    num_ys = sum(map(is_along, equation.outvars, body.out_avals))
+    num_carry = len(body.out_avals) - num_ys
+    num_consts = len(inputs) - num_xs - num_carry
     consts, carry = inputs[:num_consts], inputs[num_consts:][:num_carry]
     all_xs, all_ys = inputs[num_consts + num_carry :], [[]] * length
     for i in reversed(range(length)) if reverse else range(length):
-        out = _evaluate(jaxpr, [*consts, *carry, *(x[i] for x in all_xs)])
+        out = _evaluate(body, [*consts, *carry, *(x[i] for x in all_xs)])
         carry, all_ys[i] = out[:num_carry], out[num_carry:]
     return [*carry, *map(jnp.stack, zip(*all_ys, strict=True))]
 
