@@ -129,9 +129,9 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
     [`diffrax_sde_adjoint.BrownianInterval`][] does. The stages of explicit
     Runge-Kutta methods are written out, which is faster than diffrax's loop. What has a
     derivative in reverse mode only, as every `jax.custom_vjp` does, is evaluated once
-    more. Of implicit methods the roots are kept, and the vector field is evaluated
-    there once more; a root is found again only if there may be jumps, or inside of
-    [`diffrax.HalfSolver`][].
+    more. Of implicit methods, what is kept of a step are the roots, and the vector
+    field is evaluated there once more; but if there may be jumps, or a `solver_state`
+    was passed, roots are found once more.
 
     It is an error, or with `diffeqsolve(..., throw=False)` the gradient is NaN, if
     undoing steps misses where the solve had been by what is worth more than 6e-6

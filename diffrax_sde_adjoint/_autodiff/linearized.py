@@ -115,9 +115,9 @@ class Linearized:
         num_shared, num_own, *_ = lengths
         sizes = (is_differentiated, num_shared, num_own)
         found = None
-        written_out = unrolled(jaxpr) if finds_roots else jaxpr
-        if not (finds_roots and _may_find_others(written_out.jaxpr)):
-            if _in_reverse_only.isdisjoint(primitives(jaxpr.jaxpr)):
+        if _in_reverse_only.isdisjoint(primitives(jaxpr.jaxpr)):
+            written_out = unrolled(jaxpr) if finds_roots else jaxpr
+            if not (finds_roots and _may_find_others(written_out.jaxpr)):
                 found = _linearize(written_out, *sizes)
         self._is_linear = found is not None
         self._jaxpr, self._fn = found or _evaluated_again(jaxpr, *sizes)
@@ -130,7 +130,7 @@ class Linearized:
         self._known_again = [*shared, *constant, *given]
         varying = dependent(equations, [*self._own, *own_rest, *given])
         self._residuals = self._jaxpr.jaxpr.outvars[self._out_treedef.num_leaves :]
-        to_keep = _iterated if finds_roots else _to_keep
+        to_keep = _inputs_and_roots if finds_roots else _to_keep
         self._kept = to_keep(self._jaxpr.jaxpr, self._residuals, varying, given)
         known = {*self._kept, *self._known_again, *self._jaxpr.jaxpr.constvars}
         self._found_again = needed(equations, self._residuals, known)
@@ -294,13 +294,15 @@ def _may_find_others(jaxpr: jex.core.Jaxpr) -> bool:
     return any(x.primitive.name in branches and has_loop(x) for x in jaxpr.eqns)
 
 
-def _iterated(
+def _inputs_and_roots(
     jaxpr: jex.core.Jaxpr,
     residuals: Sequence[Any],
     varying: set[Any],
     given: Sequence[Any],
 ) -> list[Any]:
-    """What varies that `residuals` can be found from without a loop."""
+    """What varies that `residuals` can be found from, with no loop of which something
+    varies.
+    """
     found = [x for e in jaxpr.eqns if has_loop(e) for x in e.outvars]
     sources = [x for x in [*jaxpr.invars, *found] if x in varying]
     equations = needed(jaxpr.eqns, residuals, {*sources, *given})

@@ -5,6 +5,7 @@ So are the stages of diffrax's implicit Runge-Kutta methods: they are one loop, 
 it depends on the number of the stage whether there is a root to be found.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from .._compat import bind, in_context_of
 from .jaxprs import has_loop, jit_names, read
 
 
-# The length of loops that are written out.
+# Of a loop that is written out, at most.
 _max_length = 16
 
 
@@ -36,8 +37,8 @@ def _evaluate(closed_jaxpr: jex.core.ClosedJaxpr, args: Sequence[Any]) -> list[A
     values.update(zip(jaxpr.invars, args, strict=True))
     for equation in jaxpr.eqns:
         inputs = read(equation.invars, values)
-        inputs = list(map(_typed, inputs, equation.invars))
         with in_context_of(equation):
+            inputs = list(map(_typed, inputs, equation.invars))
             out = _evaluate_equation(equation, inputs)
         values.update(zip(equation.outvars, out, strict=True))
     return read(jaxpr.outvars, values)
@@ -49,12 +50,14 @@ def _evaluate_equation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         return _evaluate(params["jaxpr"], inputs)
     if name == "cond" and _is_known(inputs[0]):
         return _evaluate(params["branches"][int(inputs[0])], inputs[1:])
-    if name == "scan" and params["length"] <= _max_length and has_loop(equation):
-        return _evaluate_scan(equation, inputs)
-    if all(map(_is_known, inputs)) and not equation.effects and not has_loop(equation):
-        with jax.ensure_compile_time_eval():
-            return bind(equation, inputs)
-    return bind(equation, inputs)
+    if has_loop(equation):
+        if name == "scan" and 0 < params["length"] <= _max_length:
+            return _evaluate_scan(equation, inputs)
+        return bind(equation, inputs)
+    if equation.effects:
+        return bind(equation, inputs)
+    with _at_once(inputs):
+        return bind(equation, inputs)
 
 
 def _evaluate_scan(equation: Any, inputs: list[Any]) -> list[Any]:
@@ -68,11 +71,31 @@ def _evaluate_scan(equation: Any, inputs: list[Any]) -> list[Any]:
     num_carry = len(body.out_avals) - num_ys
     num_consts = len(inputs) - num_xs - num_carry
     consts, carry = inputs[:num_consts], inputs[num_consts:][:num_carry]
-    all_xs, all_ys = inputs[num_consts + num_carry :], [[]] * length
+    all_xs = [_entries(x, length) for x in inputs[num_consts + num_carry :]]
+    all_ys = []
     for i in reversed(range(length)) if reverse else range(length):
         out = _evaluate(body, [*consts, *carry, *(x[i] for x in all_xs)])
-        carry, all_ys[i] = out[:num_carry], out[num_carry:]
-    return [*carry, *map(jnp.stack, zip(*all_ys, strict=True))]
+        carry = out[:num_carry]
+        all_ys.append(out[num_carry:])
+    if reverse:
+        all_ys = all_ys[::-1]
+    return [*carry, *map(_stack, zip(*all_ys, strict=True))]
+
+
+def _entries(x: Any, length: int) -> list[Any]:
+    with _at_once([x]):
+        return [x[i] for i in range(length)]
+
+
+def _stack(xs: Sequence[Any]) -> Any:
+    with _at_once(xs):
+        return jnp.stack(xs)
+
+
+def _at_once(inputs: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """Evaluates what is computed from inputs that are all known."""
+    is_known = all(map(_is_known, inputs))
+    return jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext()
 
 
 def _is_known(x: Any) -> bool:
@@ -83,8 +106,10 @@ def _typed(x: Any, variable: Any) -> Any:
     """A number as an array of the very type that it has in the jaxpr."""
     if isinstance(x, jax.core.Tracer | jax.Array):
         return x
+    aval = variable.aval
     with jax.ensure_compile_time_eval():
-        weak = jnp.asarray(np.asarray(x).tolist())
-        if variable.aval.weak_type and weak.dtype == variable.aval.dtype:
-            return weak
-        return jnp.asarray(x, variable.aval.dtype)
+        if aval.weak_type and aval.shape == ():
+            weak = jnp.asarray(np.asarray(x).item())
+            if weak.dtype == aval.dtype:
+                return weak
+        return jnp.asarray(x, aval.dtype)

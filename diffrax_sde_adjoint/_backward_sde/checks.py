@@ -18,7 +18,7 @@ from .._forward.records import Parameters
 from .._forward.saved import get_subs
 from .._misc import zeros_like
 from .._solver import has_layer
-from .._solver.stage_loops import is_for_additive_noise
+from .._solver.stage_loops import is_for_additive_noise, name_of
 from .._term.base import is_single_term, unwrap
 from .._term.noise import check_independent, has_own_control, is_noise
 from .adjoint_terms import ForwardTerms, Role
@@ -42,7 +42,7 @@ def check_supported(*, solver, terms, saveat, event, init_state, **kwargs) -> Eq
     unsupported = lambda what: ValueError(
         f"`adjoint=BackwardSDEAdjoint(...)` does not support {what}. {instead}"
     )
-    name = type(solver).__name__
+    name = name_of(solver)
     subs = get_subs(saveat)
     found = {
         "events": event is not None,
@@ -85,7 +85,7 @@ def check_numerics(
     controller: diffrax.AbstractStepSizeController,
 ) -> None:
     """An error if the backward SDE cannot be solved so."""
-    name = type(solver).__name__
+    name = name_of(solver)
     has_noise = "noise" in equation.roles
     is_ito = has_layer(solver, diffrax.AbstractItoSolver)
     is_any_ito = equation.is_ito or (has_noise and is_ito)

@@ -13,8 +13,8 @@ from .._autodiff.batched_vjp import Axes
 from .._autodiff.linearized import Linearized
 from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, State, Y
 from .._solver import (
-    AbstractForwardingSolver,
     AbstractReversibleSolver,
+    AbstractSameSolver,
     has_layer,
 )
 from .._term.known_control import evaluate_controls, with_controls
@@ -148,19 +148,12 @@ class LinearizedStep(eqx.Module):
         return LinearizedInParameters(self.linearized, of_step, parameters)
 
 
-class DrawnSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+class DrawnSolver(AbstractSameSolver):
     """A solver whose steps are given the controls of all terms, as these are cheaper if
     it is known that they are of a whole step.
     """
 
     solver: diffrax.AbstractSolver
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.interpolation_cls
-
-    def init(self, terms, t0, t1, y0, args):
-        return self.solver.init(terms, t0, t1, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         controls = evaluate_controls(self.solver, terms, t0, t1)
@@ -168,15 +161,11 @@ class DrawnSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
         return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
 
 
-class KeepingSolver(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
+class KeepingSolver(AbstractSameSolver):
     """A solver the state of which has the last step too."""
 
     solver: diffrax.AbstractSolver
     linearized: LinearizedStep
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.interpolation_cls
 
     def init(self, terms, t0, t1, y0, args):
         # A step is added to the state of the solver inside when the loop starts.

@@ -3,6 +3,7 @@
 from .base import (
     AbstractForwardingSolver as AbstractForwardingSolver,
     AbstractReversibleSolver as AbstractReversibleSolver,
+    AbstractSameSolver as AbstractSameSolver,
     check_sense as check_sense,
     has_layer as has_layer,
     is_reversible as is_reversible,

@@ -153,6 +153,26 @@ class AbstractForwardingSolver(diffrax.AbstractSolver[_SolverState]):
         return self.solver.func(terms, t0, y0, args)
 
 
+class AbstractSameSolver(
+    AbstractForwardingSolver[_SolverState], diffrax.AbstractWrappedSolver[_SolverState]
+):
+    """A solver that makes the steps of `solver`, in another way."""
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.solver.interpolation_cls
+
+    def init(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> _SolverState:
+        return self.solver.init(terms, t0, t1, y0, args)
+
+
 def is_reversible(
     solver: diffrax.AbstractSolver,
 ) -> TypeGuard[AbstractReversibleSolver]:

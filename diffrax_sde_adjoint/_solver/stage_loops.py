@@ -28,7 +28,7 @@ from .._compat import (
     with_scan_kind,
 )
 from .._misc import zeros_like
-from .base import AbstractForwardingSolver, layers
+from .base import AbstractSameSolver, layers
 
 
 _Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
@@ -73,18 +73,7 @@ def _replace(solver: Any, cls: Any, fn: Callable[[Any], Any]) -> Any:
     return jtu.tree_map(replace, solver, is_leaf=is_leaf)
 
 
-class _OwnSteps(AbstractForwardingSolver, diffrax.AbstractWrappedSolver):
-    """A method of diffrax's, with steps that are made in another way."""
-
-    @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.interpolation_cls
-
-    def init(self, terms, t0, t1, y0, args):
-        return self.solver.init(terms, t0, t1, y0, args)
-
-
-class ExplicitStages(_OwnSteps):
+class ExplicitStages(AbstractSameSolver):
     """An explicit Runge-Kutta method of diffrax's, with stages that are arrays of their
     own. In diffrax's loop they are the rows of one array, which is soon too large for
     the fast way in which XLA runs loops on a CPU: see
@@ -108,17 +97,24 @@ class ExplicitStages(_OwnSteps):
         )
 
 
-class StartedSolver(_OwnSteps):
+class StartedSolver(AbstractSameSolver):
     """A Runge-Kutta method, the state of which has the vector field at the start of the
-    first step too, as it has that of others.
+    first step too, if it has that of others.
     """
 
     solver: diffrax.AbstractSolver
 
+    def init(self, terms, t0, t1, y0, args):
+        if super().init(terms, t0, t1, y0, args) is None:
+            return None
+        return jnp.array(False), self.func(terms, t0, y0, args)
+
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        _, vf = solver_state
-        state = (False, vf)
-        return self.solver.step(terms, t0, t1, y0, args, state, made_jump)
+        if solver_state is not None:
+            _, vf = solver_state
+            # That it is not the first step is known when this is traced.
+            solver_state = (False, vf)
+        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
 
 
 def started(
@@ -132,15 +128,18 @@ def started(
     """`solver` and its state at the start of a solve, with the vector field evaluated
     there, if it was to be evaluated in the first step only.
     """
-    has_stages = issubclass(type(solver), ExplicitStages | diffrax.AbstractRungeKutta)
-    has_own_step = type(solver).step not in (
-        ExplicitStages.step,
-        diffrax.AbstractRungeKutta.step,
-    )
-    if not has_stages or has_own_step or solver_state is None:
+    cls, method = type(solver), diffrax.AbstractRungeKutta
+    is_diffrax = cls.init is method.init and cls.step is method.step
+    if solver_state is None or not (is_diffrax or cls is ExplicitStages):
         return solver, solver_state
-    state = (jnp.array(False), solver.func(terms, t, y, args))
-    return StartedSolver(solver), state
+    solver = StartedSolver(solver)
+    return solver, solver.init(terms, t, t, y, args)
+
+
+def name_of(solver: diffrax.AbstractSolver) -> str:
+    """As its user knows it."""
+    own = (ExplicitStages, StochasticStages, StartedSolver)
+    return next(type(x).__name__ for x in layers(solver) if type(x) not in own)
 
 
 def explicit_step(
@@ -181,8 +180,10 @@ def explicit_step(
     return y1, y_error, dense_info, solver_state, diffrax.RESULTS.successful
 
 
-class StochasticStages(_OwnSteps):
-    """A stochastic Runge-Kutta method of diffrax's, with such stages."""
+class StochasticStages(AbstractSameSolver):
+    """A stochastic Runge-Kutta method of diffrax's, with stages that are arrays of
+    their own.
+    """
 
     solver: diffrax.AbstractSRK
 

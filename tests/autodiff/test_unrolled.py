@@ -72,6 +72,23 @@ def test_long_loops_and_those_without_others_stay():
     assert "scan" in _names(_written_out(plain, jnp.array(1.5), ys[:3]))
 
 
+def test_indices_that_a_loop_goes_along():
+    def stage(x, i):
+        return lax.cond(i == 0, lambda x: x + 1, _halved, x), i
+
+    fn = lambda x: lax.scan(stage, x, jnp.arange(3))
+    jaxpr = _written_out(fn, jnp.array(1.5))
+    assert not {"scan", "cond"}.intersection(_names(jaxpr))
+    _written_out(lambda x: lax.scan(stage, x, jnp.arange(0)), jnp.array(1.5))
+
+
+def test_large_numbers_in_single_precision():
+    with jax.enable_x64(False):
+        bits = np.uint32(0xFFFFFFFF)
+        fn = lambda x: (x & bits, jnp.uint32(7) & bits)
+        _written_out(fn, jnp.array(0xF0000001, jnp.uint32))
+
+
 def test_numbers_keep_their_types():
     """A number in Python is weakly typed, by which functions are told apart."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -188,17 +189,29 @@ def scan_of_steps(
     make_terms: Callable[[PRNGKeyArray], PyTree[diffrax.AbstractTerm]],
     num_steps: int,
 ) -> Loss:
-    """Steps of a solver of diffrax's in [0, 1], to be differentiated by JAX."""
+    """Steps of a solver of diffrax's in [0, 1], to be differentiated by JAX. If a step
+    begins with the vector field that the one before ended with, it is evaluated before
+    the first one.
+    """
+    is_method = isinstance(solver, diffrax.AbstractRungeKutta)
+    if is_method:
+        solver = eqx.tree_at(
+            lambda x: x.scan_kind, solver, "bounded", is_leaf=lambda x: x is None
+        )
 
     def loss(params, y0, key):
         terms, dt = make_terms(key), jnp.asarray(1 / num_steps, y0.dtype)
         state = solver.init(terms, jnp.zeros_like(dt), dt, y0, params)
+        has_vf = is_method and state is not None
+        if has_vf:
+            state = solver.func(terms, jnp.zeros_like(dt), y0, params)
 
         def body(carry, i):
             t0, t1 = (_time(j, num_steps, y0) for j in (i, i + 1))
             y, state = carry
+            state = (False, state) if has_vf else state
             y, *_, state, _ = solver.step(terms, t0, t1, y, params, state, False)
-            return (y, jtu.tree_map(jnp.asarray, state)), None
+            return (y, state[1] if has_vf else state), None
 
         (y1, _), _ = lax.scan(body, (y0, state), jnp.arange(num_steps))
         return jnp.mean(y1**2)
