@@ -72,7 +72,7 @@ def make_path(key, shape=(), **grid) -> BrownianInterval:
 @pytest.mark.parametrize(
     "grid,levy_area",
     by_default_unless(
-        (("dt that does not divide", "W"), ("ts", "W"), ("none", "W")),
+        lambda grid, levy_area: levy_area == "W",
         (*((grid, "W") for grid in grids), ("none", "K")),
     ),
 )
