@@ -82,11 +82,18 @@ def test_indices_that_a_loop_goes_along():
     _written_out(lambda x: lax.scan(stage, x, jnp.arange(0)), jnp.array(1.5))
 
 
-def test_large_numbers_in_single_precision():
-    with jax.enable_x64(False):
-        bits = np.uint32(0xFFFFFFFF)
-        fn = lambda x: (x & bits, jnp.uint32(7) & bits)
-        _written_out(fn, jnp.array(0xF0000001, jnp.uint32))
+@pytest.fixture
+def single_precision():
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_large_numbers():
+    bits = np.uint32(0xFFFFFFFF)
+    fn = lambda x: (x & bits, jnp.uint32(7) & bits)
+    _written_out(fn, jnp.array(0xF0000001, jnp.uint32))
 
 
 def test_numbers_keep_their_types():
