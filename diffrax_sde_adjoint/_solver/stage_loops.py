@@ -28,7 +28,7 @@ from .._compat import (
     with_scan_kind,
 )
 from .._misc import zeros_like
-from .base import AbstractSameSolver, layers
+from .base import AbstractSameSolver, is_reversible, layers
 
 
 _Solver = TypeVar("_Solver", bound=diffrax.AbstractSolver)
@@ -59,7 +59,9 @@ def without_loops(solver: _Solver) -> _Solver:
         def change(x, method=method, written_out=written_out):
             has_own_step = type(x).step is not method.step
             is_one = isinstance(x.tableau, diffrax.MultiButcherTableau)
-            return x if has_own_step or is_one else written_out(x)
+            if has_own_step or is_one or is_reversible(x):
+                return x
+            return written_out(cast(Any, x))
 
         solver = _replace(solver, method, change)
     return solver
@@ -130,7 +132,8 @@ def started(
     """
     cls, method = type(solver), diffrax.AbstractRungeKutta
     is_diffrax = cls.init is method.init and cls.step is method.step
-    if solver_state is None or not (is_diffrax or cls is ExplicitStages):
+    is_left = is_reversible(solver) or not (is_diffrax or cls is ExplicitStages)
+    if solver_state is None or is_left:
         return solver, solver_state
     solver = StartedSolver(solver)
     return solver, solver.init(terms, t, t, y, args)

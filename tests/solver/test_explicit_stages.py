@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from helpers import by_default_unless, relative_error
 
-from diffrax_sde_adjoint import EES25
-from diffrax_sde_adjoint._solver.stage_loops import ExplicitStages, without_loops
+from diffrax_sde_adjoint import EES25, AbstractReversibleSolver
+from diffrax_sde_adjoint._solver import is_reversible
+from diffrax_sde_adjoint._solver.stage_loops import (
+    ExplicitStages,
+    StartedSolver,
+    name_of,
+    started,
+    without_loops,
+)
 
 
 methods = [
@@ -58,6 +65,35 @@ def test_steps(method):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-15)
 
 
+def _undone(method):
+    """A user's solver with steps of `method` that can be undone."""
+
+    class Undone(AbstractReversibleSolver, method):
+        def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+            raise NotImplementedError
+
+    return Undone()  # pyright: ignore[reportAbstractUsage]
+
+
 def test_others_are_left_as_they_are():
-    for solver in (EES25(), diffrax.Kvaerno3(), diffrax.KenCarp3(), diffrax.Euler()):
+    plain = (EES25(), diffrax.Kvaerno3(), diffrax.KenCarp3(), diffrax.Euler())
+    for solver in (*plain, _undone(diffrax.Heun)):
         assert type(without_loops(solver)) is type(solver)
+
+
+@pytest.mark.parametrize("method", (diffrax.Tsit5, diffrax.Kvaerno3))
+def test_vector_field_at_the_start(method):
+    term, y = diffrax.ODETerm(lambda t, y, args: -y), jnp.array([0.3, -0.7])
+
+    def start(solver):
+        state = solver.init(term, 0.0, 0.1, y, None)
+        return started(solver, state, term, 0.0, y, None)
+
+    solver, (is_first, vf) = start(without_loops(method()))
+    assert type(solver) is StartedSolver and not is_first
+    np.testing.assert_array_equal(vf, -y)
+    # Its own `init` says the same, and it has the name that a user knows.
+    np.testing.assert_array_equal(solver.init(term, 0.0, 0.1, y, None)[1], vf)
+    assert name_of(solver) == method.__name__
+    undone, (is_first, _) = start(without_loops(_undone(method)))
+    assert is_reversible(undone) and is_first
