@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from helpers import by_default_unless
 
 from diffrax_sde_adjoint import WindowedEnergyScore, energy_score
 from diffrax_sde_adjoint._score import random_window
@@ -219,8 +220,9 @@ def test_whitened_windows():
         np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("with_mask", (False, True))
+@pytest.mark.parametrize(
+    "with_mask", by_default_unless(lambda _: True, (False, True), long=(True,))
+)
 def test_least_for_equal_laws(with_mask):
     """Among series that are scaled, moved, or have rougher changes."""
     f32 = jnp.float32

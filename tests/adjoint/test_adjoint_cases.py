@@ -460,6 +460,7 @@ _long = (
     *(f"Heun, {x}" for x in ("steps", "steps=3", "fn", "dense", "fn, ts", "dense, ts")),
     *(f"Heun, {x}" for x in ("step to", "PID, no dt0", "jumps", "float event")),
     *("ReversibleHeun, fn, ts", "ReversibleHeun, PID, no dt0"),
+    "HalfSolver(ReversibleHeun)",
     *("Midpoint", "Ralston", "EulerHeun", "StratonovichMilstein", "SRA1", "SlowRK"),
 )
 

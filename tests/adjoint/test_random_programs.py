@@ -212,14 +212,7 @@ def test_draws_differ():
 # By default one, which is quick to compile: ours without noise, with `StepTo`.
 @pytest.mark.parametrize(
     "seed",
-    (
-        *by_default_unless(lambda seed: seed != 31, (*range(12), 31)),
-        *(
-            pytest.param(seed, marks=pytest.mark.long)
-            for seed in range(12, 200)
-            if seed != 31
-        ),
-    ),
+    by_default_unless(lambda seed: seed != 31, range(200), long=lambda seed: seed >= 8),
 )
 def test_random_program(seed, request):
     program = draw(seed)

@@ -306,7 +306,7 @@ def test_adaptive_steps():
     assert relative_error(actual, expected) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wrapped_twice():
     """Around a solver that is a wrapper itself; half of a step is exact in binary, as
     noise is rough enough to magnify its rounding.

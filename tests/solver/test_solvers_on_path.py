@@ -367,6 +367,7 @@ def batched(solve: Callable, num: int) -> Callable:
             ("our ReversibleHeun", "one cell", "PID", 512),
             ("HalfSolver(EulerHeun)", "dt", "clip", 2048),
         ),
+        long=lambda case, *_: case.startswith("HalfSolver"),
     ),
 )
 def test_adaptive_steps(case, grid, controller, num):

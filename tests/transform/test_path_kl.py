@@ -223,7 +223,7 @@ def test_log_ratio(solver, sense):
     by_default_unless(
         lambda *_: True,
         (*((noise, jnp.float64) for noise in noise_shapes), ("diagonal", jnp.float32)),
-        long=lambda noise, _: noise in ("scalar", "additive"),
+        long=lambda noise, _: noise in ("scalar", "additive", "general operator"),
     ),
 )
 def test_shifts_and_adjoints(noise, dtype):
