@@ -146,7 +146,7 @@ def given_end(
 @pytest.mark.parametrize(
     "name,areas,dtype",
     by_default_unless(
-        lambda name, areas, dtype: (name, areas) != ("uniform, does not divide", "WHK"),
+        lambda name, areas, dtype: (name, areas) != ("none", "WH"),
         [
             *((name, "WHK", jnp.float64) for name in grids),
             ("uniform", "W", jnp.float32),
