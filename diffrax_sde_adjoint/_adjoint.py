@@ -18,7 +18,7 @@ from ._forward.solve import (
 )
 from ._forward.tape import shortest_in_two_parts
 from ._solver import ReversibleHeun, is_reversible
-from ._sweep import SweepRule
+from ._sweep import SweepRule, pages_between_looks
 
 
 _no_forward_mode = (
@@ -188,11 +188,14 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         max_steps, num_steps = kwargs["max_steps"], kwargs["num_steps"]
         is_undone = is_reversible(solver) and not self.store_all
         steps_per_page = self.checkpoint_every
-        if self.store_all:
+        snapshot_every = None if is_undone and steps_per_page is None else 1
+        if self.store_all and issubclass(type(solver), ReversibleHeun):
             # The state between two steps is known where a page starts.
-            is_heun = issubclass(type(solver), ReversibleHeun)
-            kept = functools.partial(_pages_of_kept_steps, num_steps)
-            steps_per_page = 1 if is_heun else kept
+            steps_per_page = 1
+            snapshot_every = pages_between_looks(steps_per_page, num_steps)
+        elif self.store_all:
+            steps_per_page = functools.partial(_pages_of_kept_steps, num_steps)
+            snapshot_every = None
         elif steps_per_page is None and is_undone:
             steps_per_page = _full_pages(_steps_per_page, num_steps, is_limit=True)
         elif steps_per_page is None:
@@ -201,7 +204,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
             )
         recording = Recording(
             steps_per_page,
-            takes_snapshots=not is_undone or self.checkpoint_every is not None,
+            snapshot_every=snapshot_every,
             keeps_steps=self.store_all,
         )
         meter = kwargs["progress_meter"]

@@ -31,10 +31,12 @@ _T = TypeVar("_T")
 
 
 class _Axis(NamedTuple):
-    """One over which a solve was batched, as the first axis of some of the arrays."""
+    """One over which a solve was batched, and where it is in each of the arrays that
+    have it.
+    """
 
     size: int
-    is_batched: tuple[bool, ...]
+    dims: tuple[int | None, ...]
 
 
 # What gives outputs their derivative, see `with_derivative`.
@@ -122,18 +124,15 @@ def _batch(leaves, dims, *, call, axes):
     (size,) = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
 
     def batch(i, x, dim):
-        if dim is not None:
-            return jnp.moveaxis(x, dim, 0), True
         is_output = i >= len(leaves) - call.num_outputs
-        if is_output and eqx.is_inexact_array(x):
+        if dim is None and is_output and eqx.is_inexact_array(x):
             # So that there is one cotangent for each element.
-            return jnp.broadcast_to(x, (size, *x.shape)), True
-        return x, False
+            return jnp.broadcast_to(x, (size, *x.shape)), 0
+        return x, dim
 
-    leaves, is_batched = zip(*map(batch, range(len(leaves)), leaves, dims), strict=True)
-    axes = (*axes, _Axis(size, is_batched))
-    out = _with_derivative_p.bind(*leaves, call=call, axes=axes)
-    return out, [0 if b else None for b in is_batched[len(leaves) - len(out) :]]
+    leaves, dims = zip(*map(batch, range(len(leaves)), leaves, dims), strict=True)
+    out = _with_derivative_p.bind(*leaves, call=call, axes=(*axes, _Axis(size, dims)))
+    return out, list(dims[len(leaves) - len(out) :])
 
 
 def _jvp(primals, tangents, *, call, axes):
@@ -200,15 +199,18 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
     # Of what is not an array, nothing is.
     perturbed = eqx.combine(perturbed, jtu.tree_map(lambda _: False, call.static))[:2]
     grad_outputs = jtu.tree_map(_materialise_zeros, arrays[-1], grad_outputs)
+    grad_outputs, treedef_of_grads = jtu.tree_flatten(grad_outputs)
     names = tuple(object() for _ in axes)
     is_batched = [
-        jtu.tree_unflatten(call.treedef, axis.is_batched)[:2] for axis in axes
+        jtu.tree_unflatten(call.treedef, [d is not None for d in axis.dims])[:2]
+        for axis in axes
     ]
 
     def rule(leaves, grad_outputs):
         *inputs, residuals, outputs = eqx.combine(call.arrays(leaves), call.static)
+        grads = jtu.tree_unflatten(treedef_of_grads, grad_outputs)
         *grads, is_wrong = call.rule(
-            perturbed, tuple(inputs), residuals, outputs, grad_outputs, names
+            perturbed, tuple(inputs), residuals, outputs, grads, names
         )
 
         def finish(is_summed, grad, *is_batched):
@@ -227,12 +229,14 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
             for is_summed, *trees in zip((True, False), grads, *is_batched, strict=True)
         )
 
-    to_axes = lambda tree: jtu.tree_map(lambda b: 0 if b else None, tree)
-    for name, axis, out_batched in zip(names, axes, is_batched, strict=True):
+    are_inexact = [eqx.is_inexact_array(x) for x in jtu.tree_leaves(arrays[-1])]
+    for name, axis in zip(names, axes, strict=True):
+        of_outputs = axis.dims[len(axis.dims) - call.num_outputs :]
+        pairs = zip(of_outputs, are_inexact, strict=True)
         rule = jax.vmap(
             rule,
-            in_axes=(to_axes(list(axis.is_batched)), 0),
-            out_axes=to_axes(out_batched),
+            in_axes=(list(axis.dims), [dim for dim, b in pairs if b]),
+            out_axes=tuple(jtu.tree_unflatten(call.treedef, axis.dims)[:2]),
             axis_size=axis.size,
             axis_name=name,
         )

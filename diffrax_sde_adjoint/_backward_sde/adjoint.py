@@ -138,7 +138,7 @@ class BackwardSDEAdjoint(diffrax.AbstractAdjoint):
         recording = None
         if self.checkpoint_every is not None:
             recording = Recording(
-                self.checkpoint_every, takes_snapshots=True, keeps_steps=False
+                self.checkpoint_every, snapshot_every=1, keeps_steps=False
             )
         derivative = Derivative(
             rule=BackwardSDERule(equation, init_state.tprev, numerics, throw),

@@ -77,12 +77,13 @@ class Derivative(NamedTuple):
 
 class Recording(NamedTuple):
     """What the tape has: `steps_per_page`, or how to find it from the bytes of a state
-    and of what is kept of a step; the state at the start of each page, if it
-    `takes_snapshots`; and what the way back needs of each step, if it `keeps_steps`.
+    and of what is kept of a step; the state at the start of every `snapshot_every`th
+    page, if it is not `None`; and what the way back needs of each step, if it
+    `keeps_steps`.
     """
 
     steps_per_page: int | Callable[[int, int], int]
-    takes_snapshots: bool
+    snapshot_every: int | None
     keeps_steps: bool
 
 
@@ -248,7 +249,7 @@ class _Recorder(NamedTuple):
 
     num_steps: int | None
     steps_per_page: int
-    takes_snapshots: bool
+    snapshot_every: int | None
     may_have_gaps: bool
     linearized_step: LinearizedStep | None
     first_step: Callable[[State], MadeStep] | None
@@ -314,7 +315,7 @@ def _make_recorder(
     return _Recorder(
         num_steps if num_steps is None or num_steps <= max_steps else None,
         steps_per_page,
-        recording.takes_snapshots,
+        recording.snapshot_every,
         may_have_gaps,
         linearized_step,
         None if linearized_step is None else first_step,
@@ -401,7 +402,7 @@ def _run(
         num_steps=recorder.num_steps,
         steps_per_page=recorder.steps_per_page,
         may_have_gaps=recorder.may_have_gaps,
-        take_snapshots=recorder.takes_snapshots,
+        snapshot_every=recorder.snapshot_every,
         first_step=recorder.first_step,
         **kwargs,
     )

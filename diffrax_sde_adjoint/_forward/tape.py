@@ -13,18 +13,24 @@ there are no snapshots this is for speed only, of small solves on a CPU: see
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from .._compat import BoolScalarLike, RealScalarLike, State, Y, while_loop
 from .._misc import in_scope, zeros_like
+from .rows import loop_over_rows, set_row
 
 
-_T = TypeVar("_T")
+# What is carried from step to step: the state of the solve, the end of the last
+# accepted step, and the largest size of each entry of the solution.
+_Carry = tuple[State, RealScalarLike, PyTree[Float[Array, "..."]]]
+# What is written of each: when it started, if this is not where the one before ended;
+# when it ended; and what is kept of it.
+_Rows = tuple[Any, Any, PyTree[Array]]
 
 # Of the pages that are cut in two. Each part costs two more evaluations of the vector
 # field, so none is short.
@@ -46,7 +52,8 @@ class Tape(eqx.Module):
     there may be gaps between steps, at `starts[i, k]`. In the latter case the two ends
     of a step are swapped if it was made after a jump; but never `ends[i, 0]`. All pages
     are filled to the end but the last one, which holds what is left of `num_steps`.
-    `snapshots` are at the start of each page, and `made` is what was kept of each step.
+    `snapshots` are at the start of each page, or of every `snapshot_every`th one, and
+    `made` is what was kept of each step.
     `largest_y` has the largest absolute value of each entry of the solution, at any
     time, and `largest_change` that of its difference from the initial one, at the ends
     of pages. If it is known when a solve is traced how many steps it makes, loops over
@@ -62,6 +69,7 @@ class Tape(eqx.Module):
     num_steps: Int[Array, ""]
     made: PyTree[Array] | None = None
     known_num_steps: int | None = eqx.field(static=True, default=None)
+    snapshot_every: int = eqx.field(static=True, default=1)
 
     @property
     def steps_per_page(self) -> int:
@@ -72,9 +80,16 @@ class Tape(eqx.Module):
         known = self.known_num_steps
         return -(-(self.num_steps if known is None else known) // self.steps_per_page)
 
-    def page(self, i: Int[Array, ""]) -> "Page":
-        ends, starts, snapshot, made = jtu.tree_map(
-            lambda x: x[i], (self.ends, self.starts, self.snapshots, self.made)
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """What has a row for each page."""
+        snapshots = self.snapshots if self.snapshot_every == 1 else None
+        return self.ends, self.starts, snapshots, self.made
+
+    def page(self, i: Int[Array, ""], row: tuple[Any, ...] | None = None) -> "Page":
+        """A page, whose row of all `rows` may be known."""
+        ends, starts, snapshot, made = (
+            jtu.tree_map(lambda x: x[i], self.rows) if row is None else row
         )
         num_before = i * self.steps_per_page
         num_steps = self.steps_per_page
@@ -158,12 +173,13 @@ def loop_and_record(
     buffers: Callable[[State], Any],
     steps_per_page: int,
     may_have_gaps: bool,
-    take_snapshots: bool,
+    snapshot_every: int | None,
     first_step: Callable[[State], Any] | None = None,
     num_steps: int | None = None,
 ) -> tuple[State, Tape]:
     """Runs the loop of a solve, with the arguments that diffrax calls its
-    `outer_while_loop` with, and records it. It makes `num_steps`, if that is known.
+    `outer_while_loop` with, and records it. It makes `num_steps`, if that is known; and
+    only then may `snapshot_every` be more than one page.
 
     If steps are kept, what is kept of each is in the solver's state after it. It is not
     carried there, as it is large. What would be kept of a `first_step` is the first to
@@ -183,164 +199,144 @@ def loop_and_record(
         solver_state, made = new_state.solver_state
         return _with_solver_state(new_state, solver_state), made
 
-    init_pages = _empty_pages(
-        init_state, num_pages, steps_per_page, may_have_gaps, first
-    )
-
     def get_snapshot(state):
-        return SolveState(state.y, state.solver_state) if take_snapshots else None
+        if snapshot_every is None:
+            return None
+        return SolveState(state.y, state.solver_state)
 
-    init_snapshots = jtu.tree_map(
-        lambda x: jnp.broadcast_to(x, (num_pages, *jnp.shape(x))),
-        get_snapshot(init_state),
-    )
-
-    is_full = are_full(num_steps, steps_per_page)
+    is_sparse = snapshot_every is not None and snapshot_every > 1
 
     def is_running(state):
         return cond_fun(state) & (state.num_steps < max_steps)
 
     def fill_page(val):
-        state, prev_t1, (largest_y, largest_change), pages, all_snapshots = val
+        state, prev_t1, (largest_y, largest_change), few = val
         i = state.num_accepted_steps // steps_per_page
-        snapshot = get_snapshot(state)
-        *init_times, init_made = init_pages
-        page = (
-            *jtu.tree_map(lambda x: jnp.full(x.shape[1:], prev_t1), init_times),
-            jtu.tree_map(lambda x: jnp.zeros(x.shape[1:], x.dtype), init_made),
+        snapshot, page_start = get_snapshot(state), prev_t1
+        if is_sparse:
+            # Of all that are written to a row, the last one stays.
+            few = set_row(few, -(-i // snapshot_every), snapshot)
+        (state, prev_t1, largest_y), (starts, ends, made) = _take_steps(
+            is_running,
+            make_step,
+            (state, prev_t1, largest_y),
+            _empty(prev_t1, (steps_per_page,), may_have_gaps, no_step),
+            buffers=buffers,
+            is_full=are_full(num_steps, steps_per_page),
         )
-        # The same, but for what is written when the page is full.
-        val = (state, prev_t1, largest_y, page)
-        val = _take_steps(is_running, make_step, buffers, steps_per_page, is_full, val)
-        state, prev_t1, largest_y, page = val
-        # The new trees go first, as buffers are trees themselves.
-        write = lambda new, old: old.at[i].set(new)
-        pages = jtu.tree_map(write, page, pages)
-        all_snapshots = jtu.tree_map(write, snapshot, all_snapshots)
+        ends = jnp.concatenate([page_start[None], ends])
         change = jtu.tree_map(jnp.subtract, state.y, init_state.y)
         largest_change = jtu.tree_map(_larger, largest_change, change)
-        return state, prev_t1, (largest_y, largest_change), pages, all_snapshots
+        val = (state, prev_t1, (largest_y, largest_change), few)
+        return val, (starts, ends, made, None if is_sparse else snapshot)
 
     # The loop over pages carries the state of the solve, the end of the last accepted
-    # step, the largest size of each entry of the solution and of its change, the pages
-    # and the snapshots.
+    # step, the largest size of each entry of the solution and of its change; and
+    # snapshots, if these are few.
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
-    final_state, _, largest, (starts, ends, made), snapshots = _loop(
+    starts, ends, made = _empty(
+        init_state.tprev, (num_pages, steps_per_page), may_have_gaps, no_step
+    )
+    ends = jnp.pad(ends, ((0, 0), (1, 0)), mode="edge")
+    made = jtu.tree_map(lambda x, xs: xs.at[0, 0].set(x), first, made)
+    num_snapshots = 1 + -(-(num_pages - 1) // (snapshot_every or 1))
+    snapshots = jtu.tree_map(
+        lambda x: jnp.broadcast_to(x, (num_snapshots, *jnp.shape(x))),
+        get_snapshot(init_state),
+    )
+    few, snapshots = (snapshots, None) if is_sparse else (None, snapshots)
+    val, (starts, ends, made, snapshots) = loop_over_rows(
         lambda val: is_running(val[0]),
         fill_page,
-        (init_state, init_state.tprev, init_largest, init_pages, init_snapshots),
-        buffers=lambda val: (*buffers(val[0]), *val[3:]),
+        (init_state, init_state.tprev, init_largest, few),
+        (starts, ends, made, snapshots),
+        index=lambda val: val[0].num_accepted_steps // steps_per_page,
+        buffers=lambda val: buffers(val[0]),
         length=None if num_steps is None else num_pages,
     )
-    num_made = jnp.asarray(final_state.num_accepted_steps)
-    tape = Tape(ends, starts, snapshots, *largest, num_made, made, num_steps)
+    final_state, _, largest, few = val
+    tape = Tape(
+        ends,
+        starts,
+        few if is_sparse else snapshots,
+        *largest,
+        jnp.asarray(final_state.num_accepted_steps),
+        made,
+        num_steps,
+        snapshot_every or 1,
+    )
     return final_state, tape
 
 
-def _empty_pages(
-    init_state: State,
-    num_pages: int,
-    steps_per_page: int,
+def _empty(
+    t: RealScalarLike,
+    shape: tuple[int, ...],
     may_have_gaps: bool,
-    first: PyTree[Array] | None,
-) -> tuple[Array | None, Array, PyTree[Array] | None]:
-    """The starts and the ends of steps, and what is kept of each."""
-    # Not zeros: in a batch, a step is made from here for elements that made none.
-    full = lambda *shape: jnp.full(shape, init_state.tprev)
-    starts = full(num_pages, steps_per_page) if may_have_gaps else None
-    ends = full(num_pages, steps_per_page + 1)
-    zeros = lambda x: jnp.zeros((num_pages, steps_per_page, *x.shape), x.dtype)
-    return starts, ends, jtu.tree_map(lambda x: zeros(x).at[0, 0].set(x), first)
+    no_step: PyTree[Array],
+) -> _Rows:
+    """Places for steps. All are at `t`, as in a batch a step is made there for elements
+    that made none.
+    """
+    times = jnp.full(shape, t)
+    made = jtu.tree_map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), no_step)
+    return times if may_have_gaps else None, times, made
 
 
 def _take_steps(
     is_running: Callable[[State], Bool[Array, ""]],
     make_step: Callable[[State], tuple[State, Any]],
+    init_val: _Carry,
+    page: _Rows,
+    *,
     buffers: Callable[[State], Any],
-    steps_per_page: int,
     is_full: bool,
-    init_val: tuple[State, RealScalarLike, Y, Any],
-) -> tuple[State, RealScalarLike, Y, Any]:
-    """Takes steps until a page is full. What is carried is the state of the solve, the
-    end of the last accepted step, the largest size of each entry of the solution, and
-    the page.
-    """
-    num_before = init_val[0].num_accepted_steps
-
-    def has_room(val):
-        state, *_ = val
-        num_on_page = state.num_accepted_steps - num_before
-        return is_running(state) & (num_on_page < steps_per_page)
-
-    step = lambda val: _step_and_write(make_step, num_before, *val)
+) -> tuple[_Carry, _Rows]:
+    """Takes steps until a page is full."""
+    state, *_ = init_val
+    starts, ends, _ = page
+    num_before, steps_per_page = state.num_accepted_steps, len(ends)
+    step = lambda val: _step_and_row(make_step, starts is not None, *val)
     if steps_per_page == 1:
-        return step(init_val)
-    return _loop(
-        has_room,
+        # What is written is the page.
+        val, row = step(init_val)
+        return val, jtu.tree_map(lambda x: x[None], row)
+    num_on_page = lambda val: val[0].num_accepted_steps - num_before
+    return loop_over_rows(
+        lambda val: is_running(val[0]) & (num_on_page(val) < steps_per_page),
         step,
         init_val,
-        buffers=lambda val: (*buffers(val[0]), val[3][2]),
+        page,
+        index=num_on_page,
+        buffers=lambda val: buffers(val[0]),
         length=steps_per_page if is_full else None,
     )
 
 
 @in_scope("forward_step")
-def _step_and_write(
+def _step_and_row(
     make_step: Callable[[State], tuple[State, Any]],
-    num_before: Int[ArrayLike, ""],
+    may_have_gaps: bool,
     state: State,
     prev_t1: Float[Array, ""],
     largest_y: PyTree[Float[Array, "..."]],
-    page: tuple[Array | None, Array, PyTree[Array]],
-) -> tuple[State, Array, PyTree[Array], tuple[Array | None, Array, PyTree[Array]]]:
-    """Makes a step, and writes when it was to the `starts` and `ends` of a page, before
-    which there are `num_before` steps; and what is kept of it to `made`.
-    """
-    starts, ends, made = page
-    # On a page of one step, what is written is the page.
-    is_page = ends.shape[-1] == 2
-    k = 0 if is_page else state.num_accepted_steps - num_before
-    # A rejected step is overwritten by the next one.
+) -> tuple[_Carry, _Rows]:
+    """Makes a step. If it is rejected, the next one is written over it."""
     start, end = state.tprev, state.tnext
     num_accepted = state.num_accepted_steps
-    if starts is not None:
+    if may_have_gaps:
         swap = jnp.asarray(state.made_jump)
         start, end = jnp.where(swap, end, start), jnp.where(swap, start, end)
-        starts = starts.at[k].set(start)
-    new_state, new = make_step(state)
-    # The new tree goes first, as buffers are trees themselves.
-    made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), new, made)
+    new_state, made = make_step(state)
     is_accepted = new_state.num_accepted_steps > num_accepted
     prev_t1 = jnp.where(is_accepted, state.tnext, prev_t1)
     largest_y = jtu.tree_map(_larger, largest_y, new_state.y)
-    ends = ends.at[k + 1].set(end)
-    return new_state, prev_t1, largest_y, (starts, ends, made)
+    row = (start if may_have_gaps else None, end, made)
+    return (new_state, prev_t1, largest_y), row
 
 
 def _with_solver_state(state: State, solver_state: PyTree[Any]) -> State:
     return dataclasses.replace(state, solver_state=solver_state)
-
-
-def _loop(
-    cond_fun: Callable[[_T], Bool[Array, ""]],
-    body_fun: Callable[[_T], _T],
-    init_val: _T,
-    *,
-    buffers: Callable[[_T], Any],
-    length: int | None,
-) -> _T:
-    """A loop: of some length if this is known, and otherwise while `cond_fun` holds."""
-    if length is None:
-        return while_loop(cond_fun, body_fun, init_val, buffers=buffers, kind="lax")
-    _, val = while_loop(
-        lambda val: val[0] < length,
-        lambda val: (val[0] + 1, body_fun(val[1])),
-        (jnp.array(0), init_val),
-        buffers=lambda val: buffers(val[1]),
-        kind="lax",
-    )
-    return val
 
 
 def _larger(

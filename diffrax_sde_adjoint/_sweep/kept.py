@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int
 
 from .._compat import BoolScalarLike
-from .._forward.steps import LinearizedStep
+from .._forward.steps import LinearizedStep, MadeStep
 from .._forward.tape import Page
 from .sweep import Sweep, SweepState
 
@@ -19,18 +19,20 @@ def pull_back_kept(
     """Pulls cotangents back through the steps of a page."""
 
     def pull_back(
-        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, made: MadeStep, carry: SweepState
     ) -> SweepState:
         step = page.step(k, is_made)
-        made = jtu.tree_map(lambda x: x[page.first + k], page.made)
         back = functools.partial(
             linearized_step.pull_back, sweep.parameters, step, made
         )
         return sweep.pull_back_made(step, made, back, carry)
 
     if sweep.tape.steps_per_page == 1:
-        carry = pull_back(jnp.array(0), page.num_steps > 0, carry)
+        made = jtu.tree_map(lambda x: x[0], page.made)
+        carry = pull_back(jnp.array(0), page.num_steps > 0, made, carry)
     else:
-        carry = sweep.backwards(page.num_steps, pull_back, carry)
+        carry = sweep.backwards(page.num_steps, pull_back, carry, page.made)
+    if page.snapshot is None:
+        return carry
     # Where the worth of a spurious solution is looked at.
     return dataclasses.replace(carry, state=page.snapshot)

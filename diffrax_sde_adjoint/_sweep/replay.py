@@ -12,7 +12,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int
 
 from .._autodiff.batched_vjp import maximum
-from .._compat import BoolScalarLike, while_loop
+from .._compat import BoolScalarLike
+from .._forward.rows import loop_over_rows
 from .._forward.steps import MadeStep, inputs_of_step, linearize_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import num_bytes, zeros_like
@@ -64,7 +65,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     nothing = zeros_like(eqx.filter_eval_shape(make, first, page.snapshot)[1])
 
     def make_step(val):
-        k, state0, all_made = val
+        k, state0 = val
         # In a batch, elements with fewer steps stay at their last one, as in the sweep.
         last = jnp.maximum(page.num_steps - 1, 0)
         state1, made = _once(
@@ -73,25 +74,22 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             page.step(jnp.minimum(k, last), True),
             (state0, nothing),
         )
-        # The new tree goes first, as buffers are trees themselves.
-        all_made = jtu.tree_map(lambda x, xs: xs.at[k].set(x), made, all_made)
-        return k + 1, state1, all_made
+        return (k + 1, state1), made
 
-    all_made = jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), nothing)
-    # The number of the step, the state that it starts at, and all that is kept.
+    # What is carried is the number of the step, and the state that it starts at.
     with jax.named_scope("replay"):
-        _, _, all_made = while_loop(
+        _, all_made = loop_over_rows(
             lambda val: val[0] < num_steps,
             make_step,
-            (jnp.array(0), page.snapshot, all_made),
-            buffers=lambda val: val[2],
-            kind="lax",
+            (jnp.array(0), page.snapshot),
+            jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), nothing),
+            index=lambda val: val[0],
+            length=num_steps if isinstance(num_steps, int) else None,
         )
 
     def undo_step(
-        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, made: MadeStep, carry: SweepState
     ) -> SweepState:
-        made = jtu.tree_map(lambda x: x[k], all_made)
         step = page.step(k, is_made)
         carry, _ = _once(
             are_any,
@@ -101,7 +99,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
         )
         return carry
 
-    return sweep.backwards(page.num_steps, undo_step, carry)
+    return sweep.backwards(page.num_steps, undo_step, carry, all_made)
 
 
 def _once(

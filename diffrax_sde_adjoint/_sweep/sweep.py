@@ -20,6 +20,7 @@ gradient of the numerical solution. The ways differ in the first point:
 - `kept.py`: the forward solve has kept it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,10 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._autodiff.batched_vjp import Axes, maximum, where_active
-from .._compat import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._compat import Args, DenseInfo, RealScalarLike, Y
 from .._forward.instability import Spurious
 from .._forward.records import (
     Cotangents,
@@ -40,6 +41,7 @@ from .._forward.records import (
     of_controls,
 )
 from .._forward.return_error import ReturnError
+from .._forward.rows import set_row
 from .._forward.saved import Position
 from .._forward.steps import MadeStep
 from .._forward.tape import Page, SolveState, Step, Tape
@@ -103,68 +105,112 @@ class Sweep(eqx.Module):
     ) -> SweepState:
         """Goes from the end of the solve to its start, by `sweep_page` on each page."""
 
-        def body(i, is_active, carry):
-            page = self.tape.page(i) if carry.spurious is None else self.tape.part(i)
+        def body(i, is_active, row, carry):
+            page = self.tape.part(i) if row is None else self.tape.page(i, row)
             if is_active is not True:
                 num_steps = where_active(is_active, page.num_steps, 0, self.axes)
                 page = eqx.tree_at(lambda p: p.num_steps, page, num_steps)
-            carry = sweep_page(self, page, carry)
-            known = carry.spurious
-            if known is None:
-                return carry
+            return sweep_page(self, page, carry)
 
-            def look():
-                worth = self._worth_of_distance(carry)
-                return known.at(worth, carry.state.y, self.init_y)
+        num, rows = self.tape.num_pages, self.tape.rows
+        if carry.spurious is None:
+            return self.backwards(num, body, carry, rows)
+        if self.tape.snapshot_every > 1:
+            return self._look_afterwards(body, carry)
+        # To look costs an evaluation of the vector field. In a short solve, half-way.
+        every = max(1, _steps_between_looks // self.tape.steps_per_page)
 
+        def body_and_look(i, is_active, row, carry):
+            carry = body(i, is_active, row, carry)
+            known, t, grads = carry.spurious, carry.next_t0, carry.grads.state
+            look = lambda: self._look(known, t, grads.solver_state, carry.state)
             if every == 1:
                 spurious = look()
             else:
-                # In a short solve, half-way.
                 is_here = (i % every == 0) | (i == num // 2)
                 spurious = lax.cond(is_here, look, lambda: known)
-            return eqx.tree_at(lambda c: c.spurious, carry, spurious)
+            return dataclasses.replace(carry, spurious=spurious)
 
-        num = self.tape.num_pages
-        # To look costs an evaluation of the vector field.
-        every = max(1, _steps_between_looks // self.tape.steps_per_page)
-        if carry.spurious is not None:
-            num = num * self.tape.parts_per_page
-        return self.backwards(num, body, carry)
+        if self.tape.parts_per_page > 1:
+            num, rows = num * self.tape.parts_per_page, None
+        return self.backwards(num, body_and_look, carry, rows)
 
-    def _worth_of_distance(self, carry: SweepState) -> Float[Array, ""]:
-        """To first order, by how much the loss would change if from here on the solver
-        were to start anew, with `yhat` at `y`: see `instability.py`.
+    def _look_afterwards(
+        self, body: Callable[..., SweepState], carry: SweepState
+    ) -> SweepState:
+        """Goes from the end of the solve to its start, and then looks at where there
+        are snapshots. A branch on each page would take more time.
         """
+        every, num = self.tape.snapshot_every, self.tape.num_pages
+        assert isinstance(num, int)
+        num_looks = -(-num // every)
+        note_of = lambda carry: (carry.next_t0, carry.grads.state.solver_state)
+
+        def body_and_note(i, is_active, row, val):
+            carry, notes = val
+            carry = body(i, is_active, row, carry)
+            # Of all that are written to a row, the last one stays.
+            return carry, set_row(notes, i // every, note_of(carry))
+
+        repeat = lambda x: jnp.broadcast_to(x, (num_looks, *jnp.shape(x)))
+        notes = jtu.tree_map(repeat, note_of(carry))
+        val = (carry, notes)
+        carry, (t, grads) = self.backwards(num, body_and_note, val, self.tape.rows)
+        states = jtu.tree_map(lambda x: x[:num_looks], self.tape.snapshots)
+        look = lambda known, point: (self._look(known, *point), None)
+        spurious, _ = lax.scan(look, carry.spurious, (t, grads, states))
+        return dataclasses.replace(carry, spurious=spurious)
+
+    def _look(
+        self,
+        known: Spurious | None,
+        t: RealScalarLike,
+        grad_solver_state: PyTree[Any],
+        state: SolveState,
+    ) -> Spurious:
+        """With one more point of the solve. To first order, what is spurious is worth
+        by how much the loss would change if from here on the solver were to start anew,
+        with `yhat` at `y`: see `instability.py`.
+        """
+
+        assert known is not None
 
         def product(grad, x, x_anew):
             if grad is None:
                 return None
             return jnp.sum(jnp.real(grad * (x - x_anew))).astype(jnp.result_type(float))
 
-        t, y = carry.next_t0, carry.state.y
         products = jtu.tree_map(
             product,
-            carry.grads.state.solver_state,
-            carry.state.solver_state,
-            self.solver.init(self.terms, t, t, y, self.args),
+            grad_solver_state,
+            state.solver_state,
+            self.solver.init(self.terms, t, t, state.y, self.args),
             is_leaf=lambda x: x is None,
         )
-        return sum(jtu.tree_leaves(products), start=jnp.zeros(()))
+        worth = sum(jtu.tree_leaves(products), start=jnp.zeros(()))
+        return known.at(worth, state.y, self.init_y)
 
     def backwards(
         self,
         num: Int[Array, ""] | int,
-        body_fun: Callable[[Int[Array, ""], BoolScalarLike, SweepState], SweepState],
-        carry: SweepState,
-    ) -> SweepState:
-        """`body_fun` for `num - 1`, ..., `0`; its second argument is `True`, but in a
-        batch for those elements that are at their end already.
+        body_fun: Callable[..., Any],
+        carry: Any,
+        rows: PyTree[Array] = None,
+    ) -> Any:
+        """`body_fun(i, is_active, row, carry)` for `i` of `num - 1`, ..., `0`. It is
+        given row `i` of `rows`; and `is_active` is `True`, but in a batch for those
+        elements that are at their end already. If `num` is not a number, a
+        [`SweepState`][] is what is carried.
         """
         if isinstance(num, int):
-            # The same for all elements.
-            of_right = lambda i, carry: body_fun(num - 1 - i, True, carry)
-            return lax.fori_loop(0, num, of_right, carry)
+            # The same for all elements, whose rows stay together: see `loop_over_rows`.
+            def of_known(carry, x):
+                i, row = x
+                return body_fun(i, True, row, carry), None
+
+            xs = (jnp.arange(num), rows)
+            carry, _ = lax.scan(of_known, carry, xs, reverse=True)
+            return carry
 
         sums = lambda c: c.grads.parameters
 
@@ -172,7 +218,9 @@ class Sweep(eqx.Module):
             # Elements that are at their end stay at a step that was made, as evaluating
             # one elsewhere may raise.
             is_active = i < num
-            new_carry = body_fun(jnp.maximum(num - 1 - i, 0), is_active, carry)
+            i = jnp.maximum(num - 1 - i, 0)
+            row = jtu.tree_map(lambda x: x[i], rows)
+            new_carry = body_fun(i, is_active, row, carry)
             # What is added to sums over the batch is zero for these elements.
             own = lambda c: eqx.tree_at(sums, c, None)
             return eqx.tree_at(
@@ -250,6 +298,17 @@ def _evaluate_controls(
     parameters: Parameters, _: None, solver: diffrax.AbstractSolver, step: Step
 ) -> list[PyTree[Any]]:
     return evaluate_controls(solver, parameters.terms, step.t0, step.t1)
+
+
+def pages_between_looks(steps_per_page: int, num_steps: int | None) -> int:
+    """From one look at what the spurious solution is worth to the next, such that there
+    is one half-way in a short solve; or one page, if it is not known how many steps
+    there will be.
+    """
+    if num_steps is None:
+        return 1
+    num_pages = -(-num_steps // steps_per_page)
+    return max(1, min(_steps_between_looks // steps_per_page, num_pages // 2))
 
 
 def arrive(carry: SweepState, known: SolveState) -> SweepState:

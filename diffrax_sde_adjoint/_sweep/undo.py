@@ -26,7 +26,7 @@ def undo(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
     assert isinstance(solver, AbstractReversibleSolver)
 
     def undo_step(
-        k: Int[Array, ""], is_made: BoolScalarLike, carry: SweepState
+        k: Int[Array, ""], is_made: BoolScalarLike, _: None, carry: SweepState
     ) -> SweepState:
         step = page.step(k, is_made)
         controls, pull_back_controls = sweep.controls(step)

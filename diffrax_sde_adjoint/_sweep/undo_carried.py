@@ -51,6 +51,7 @@ def _undo_step(
     evaluate: Any,
     k: Int[Array, ""],
     is_made: BoolScalarLike,
+    _: None,
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)

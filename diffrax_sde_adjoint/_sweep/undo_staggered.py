@@ -152,6 +152,7 @@ def _undo_step(
     page: Page,
     k: Int[Array, ""],
     is_made: BoolScalarLike,
+    _: None,
     carry: SweepState,
 ) -> SweepState:
     step = page.step(k, is_made)

@@ -123,6 +123,50 @@ def test_pages_of_which_states_are_kept():
 
 
 @pytest.mark.slow
+def test_steps_of_a_batch_are_kept_together():
+    """All elements of a step, if it is known how many there are, and not all steps of
+    an element: these would be written and read in as many pieces as there are elements.
+    """
+    batch, num_steps, width = 11, 6, 7
+    drift = lambda t, y, args: jnp.tanh(args @ y)
+    weight, y0 = jnp.eye(width), jnp.ones((batch, width))
+
+    def loss(weight, dt0, solver, adjoint):
+        one = lambda y0: (
+            diffrax.diffeqsolve(
+                diffrax.ODETerm(drift),
+                solver,
+                0.0,
+                1.0,
+                dt0,
+                y0,
+                weight,
+                adjoint=adjoint,
+                max_steps=num_steps,
+            ).ys
+        )
+        return jnp.sum(jax.vmap(one)(y0))
+
+    def kept(is_known, *args):
+        """How what has all steps and all elements begins."""
+        dt0 = 1 / num_steps
+        if is_known:
+            program = jax.jit(jax.grad(lambda weight: loss(weight, dt0, *args)))
+            text = program.lower(weight).as_text()
+        else:
+            program = jax.jit(jax.grad(lambda weight, dt0: loss(weight, dt0, *args)))
+            text = program.lower(weight, dt0).as_text()
+        return set(re.findall(r"tensor<(6x11|11x6)x[0-9x]+xf64>", text))
+
+    stored = StochasticAdjoint(store_all=True)
+    for solver in (ReversibleHeun(), diffrax.Heun(), diffrax.Tsit5()):
+        assert kept(True, solver, stored) == {"6x11"}
+    assert kept(True, diffrax.Heun(), StochasticAdjoint(checkpoint_every=1)) == {"6x11"}
+    # What this looks for is there if the number of steps is not known.
+    assert kept(False, diffrax.Heun(), stored) == {"11x6"}
+
+
+@pytest.mark.slow
 def test_no_gradient_for_each_element():
     """The gradient of shared weights is summed in a matrix product."""
     batch, width = 11, 7

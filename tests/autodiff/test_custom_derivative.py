@@ -92,6 +92,9 @@ programs = {
     "batch of weights": lambda f, w, x: vmap(f, 0, None)(w, x[0]),
     "batch of both": lambda f, w, x: vmap(f, 0, 0)(w, x[:2]),
     "other axes": lambda f, w, x: vmap(f, 2, 1, out_axes=1)(w.T, x[:2].T),
+    "other axes of batches": lambda f, w, x: vmap(
+        vmap(f, None, 1, out_axes=1), 2, 1, out_axes=2
+    )(w.T, jnp.stack([x.T, x.T**2], axis=1)),
     "weights outside": lambda f, w, x: vmap(vmap(f, None, 0), 0, None)(w, x),
     "weights inside": lambda f, w, x: vmap(vmap(f, 0, None), None, 0)(w, x),
     "both outside": lambda f, w, x: vmap(vmap(f, None, 0), 0, 0)(

@@ -19,6 +19,7 @@ import neural_sde
 import optimistix as optx
 import ou
 import pytest
+from ou import number
 from timing import interleaved_minima
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
@@ -254,20 +255,26 @@ _solvers = {
 }
 
 
-@pytest.mark.parametrize("name", _solvers)
-def test_kept_by_every_solver(name, record_row):
-    """Against a scan of the very steps, on the same path: of SDEs in one state, and by
-    `vmap` where a step has derivatives of the vector field in the state.
-    """
+_split = ("KenCarp3", "Sil3")
+_of_odes = ("Tsit5", "Dopri8", "ImplicitEuler", "Kvaerno3", "Kvaerno5", *_split)
+# A step of these has derivatives of the vector field in the state, and so is not made
+# of all states in one; and ODEs are by `vmap` too.
+_of_one = ("ItoMilstein", *_of_odes)
+
+
+@pytest.mark.parametrize(
+    "name,vmapped",
+    [(x, b) for x in _solvers for b in (False, True) if b or x not in _of_one],
+)
+def test_kept_by_every_solver(name, vmapped, record_row):
+    """Against a scan of the very steps, on the same path."""
     solver = _solvers[name]
-    is_split = name in ("KenCarp3", "Sil3")
-    is_ode = is_split or isinstance(
-        solver, diffrax.AbstractImplicitSolver | diffrax.Tsit5 | diffrax.Dopri8
-    )
-    vmapped = is_ode or name == "ItoMilstein"
-    size = neural_sde.Size(batch=64, dim=4) if vmapped else neural_sde.Size()
+    is_split, is_ode = name in _split, name in _of_odes
+    size = neural_sde.Size(batch=64, dim=4) if name in _of_one else neural_sde.Size()
     model = neural_sde.single if vmapped else neural_sde.batched
     shape = (size.dim,) if vmapped else (size.batch, size.dim)
+
+    t0, t1, dt = (number(x, jnp.float32) for x in (0, 1, size.dt))
 
     def make_terms(key):
         drift = diffrax.ODETerm(model.drift)
@@ -276,11 +283,11 @@ def test_kept_by_every_solver(name, record_row):
         if is_ode:
             return drift
         path = BrownianInterval(
-            jnp.float32(0),
-            jnp.float32(1),
+            t0,
+            t1,
             jax.ShapeDtypeStruct(shape, jnp.float32),
             key,
-            dt=jnp.float32(size.dt),
+            dt=dt,
             levy_area=diffrax.SpaceTimeLevyArea,
         )
         diffusion = lambda *args: lx.DiagonalLinearOperator(model.diffusion(*args))
@@ -290,9 +297,9 @@ def test_kept_by_every_solver(name, record_row):
         sol = diffrax.diffeqsolve(
             make_terms(key),
             solver,
-            jnp.float32(0),
-            jnp.float32(1),
-            jnp.float32(size.dt),
+            t0,
+            t1,
+            dt,
             y0,
             params,
             adjoint=StochasticAdjoint(store_all=True),

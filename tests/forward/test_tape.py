@@ -56,7 +56,14 @@ def solution(num_accepted):
     return {"y": at(y), "z": at(z)}, at(-z)
 
 
-def run(attempts, may_have_gaps, take_snapshots, steps_per_page=3, max_steps=12):
+def run(
+    attempts,
+    may_have_gaps,
+    snapshot_every,
+    steps_per_page=3,
+    max_steps=12,
+    num_steps=None,
+):
     """The final state and the tape."""
     at = lambda i: (attempts.t0[i], attempts.t1[i], attempts.made_jump[i])
 
@@ -91,7 +98,8 @@ def run(attempts, may_have_gaps, take_snapshots, steps_per_page=3, max_steps=12)
         buffers=lambda state: (),
         steps_per_page=steps_per_page,
         may_have_gaps=may_have_gaps,
-        take_snapshots=take_snapshots,
+        snapshot_every=snapshot_every,
+        num_steps=num_steps,
     )
 
 
@@ -147,7 +155,7 @@ jumps = ["j", "oj", "ooj", "oooj", "jjjjjj", "oj.o", "oo.jo", "ooo.joo.jj"]
 def test_steps(accepted):
     """Three a page: fewer, as many, and more; of one page and of two."""
     attempts = make_attempts(accepted)
-    state, tape = run(attempts, may_have_gaps=False, take_snapshots=False)
+    state, tape = run(attempts, may_have_gaps=False, snapshot_every=None)
     num_accepted = len(accepted.replace(".", ""))
     assert state.num_steps == len(accepted)
     assert state.num_accepted_steps == num_accepted
@@ -161,7 +169,7 @@ def test_steps(accepted):
 @pytest.mark.parametrize("accepted", without_gaps + rejected + jumps)
 def test_steps_with_gaps(accepted, gaps):
     attempts = make_attempts(accepted, gaps)
-    _, tape = run(attempts, may_have_gaps=True, take_snapshots=True)
+    _, tape = run(attempts, may_have_gaps=True, snapshot_every=1)
     assert tape.starts is not None and tape.starts.shape == (4, 3)
     assert_has(tape, accepted, attempts)
 
@@ -169,7 +177,7 @@ def test_steps_with_gaps(accepted, gaps):
 def test_ends_of_a_step_after_a_jump_are_swapped():
     """But not where they are the start of a page."""
     attempts = make_attempts("ojjjo", gaps=True)
-    _, tape = run(attempts, may_have_gaps=True, take_snapshots=True)
+    _, tape = run(attempts, may_have_gaps=True, snapshot_every=1)
     is_swapped = tape.starts > tape.ends[:, 1:]
     np.testing.assert_array_equal(is_swapped[0], [False, True, True])
     np.testing.assert_array_equal(is_swapped[1, :2], [True, False])
@@ -180,7 +188,7 @@ def test_ends_of_a_step_after_a_jump_are_swapped():
 def test_number_of_steps_is_bounded(steps_per_page):
     """The loop ends after five, of which four are accepted."""
     attempts = make_attempts("o.oooooo")
-    state, tape = run(attempts, False, False, steps_per_page, max_steps=5)
+    state, tape = run(attempts, False, None, steps_per_page, max_steps=5)
     assert state.num_steps == 5
     assert tape.ends.shape == (-(-5 // steps_per_page), steps_per_page + 1)
     assert_has(tape, "o.ooo", attempts)
@@ -189,7 +197,7 @@ def test_number_of_steps_is_bounded(steps_per_page):
 def test_snapshots():
     """Of the start of each page."""
     attempts = make_attempts(".oo.o.oo.oo")
-    _, tape = run(attempts, may_have_gaps=True, take_snapshots=True)
+    _, tape = run(attempts, may_have_gaps=True, snapshot_every=1)
     assert tape.num_pages == 3
     for i, num_accepted in enumerate((0, 3, 6)):
         snapshot = tape.page(jnp.array(i)).snapshot
@@ -197,10 +205,33 @@ def test_snapshots():
         assert_equal((snapshot.y, snapshot.solver_state), solution(num_accepted))
 
 
+@pytest.mark.parametrize(
+    "steps_per_page,snapshot_every",
+    ((1, None), (1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (4, 1), (7, None)),
+)
+def test_known_number_of_steps(steps_per_page, snapshot_every):
+    """The same tape, on pages that are full, or not all, and with fewer snapshots."""
+    attempts = make_attempts("oooooo")
+    state, dense = run(attempts, False, 1, steps_per_page, 6)
+    known_state, tape = run(attempts, False, snapshot_every, steps_per_page, 6, 6)
+    assert_equal(known_state.y, state.y)
+    assert_equal(tape.largest_y, dense.largest_y)
+    assert_equal(tape.largest_change, dense.largest_change)
+    assert_equal(tape.ends[:, 0], dense.ends[:, 0])
+    assert_has(tape, "oooooo", attempts)
+    if snapshot_every is None:
+        assert tape.snapshots is None
+    else:
+        # At the start of every so many pages.
+        some = jtu.tree_map(lambda x: x[::snapshot_every], dense.snapshots)
+        num_some = len(range(0, len(dense.ends), snapshot_every))
+        assert_equal(jtu.tree_map(lambda x: x[:num_some], tape.snapshots), some)
+
+
 @pytest.mark.parametrize("accepted", ("", "o", "oo", "o.ooo.oo"))
 def test_largest_solution(accepted):
     """By entry, at any time: of the start, in between or at the end."""
-    _, tape = run(make_attempts(accepted), may_have_gaps=False, take_snapshots=False)
+    _, tape = run(make_attempts(accepted), may_have_gaps=False, snapshot_every=None)
     ys = [solution(num)[0] for num in range(len(accepted.replace(".", "")) + 1)]
     largest_y = jtu.tree_map(lambda *y: np.max(np.abs(np.array(y)), axis=0), *ys)
     assert_equal(tape.largest_y, largest_y)
@@ -216,7 +247,7 @@ def test_batch_with_different_numbers_of_steps():
     programs = ["", "o.o", "ooo", "j.oooj", ".o..jooo.oo"]
     attempts = [make_attempts(accepted, gaps=True) for accepted in programs]
     stacked = jtu.tree_map(lambda *x: jnp.stack(x), *attempts)
-    _, tapes = jax.vmap(lambda x: run(x, True, True))(stacked)
+    _, tapes = jax.vmap(lambda x: run(x, True, 1))(stacked)
     # A step may be made from any entry, in an element that makes none.
     for times in (tapes.ends, tapes.starts):
         assert times is not None and np.all(np.isfinite(times))
