@@ -18,7 +18,7 @@ from ._forward.solve import (
 )
 from ._forward.tape import shortest_in_two_parts
 from ._solver import ReversibleHeun, is_reversible
-from ._sweep import SweepRule, pages_between_looks
+from ._sweep import SweepRule, steps_between_looks
 
 
 _no_forward_mode = (
@@ -66,7 +66,7 @@ def _pages_of_replayed_steps(
     of the steps of one. For the least time, if both are small.
     """
     ratio = size_of_state / max(size_of_step, 1) if size_of_step > _small_step else 1
-    most = max_steps if num_steps is None else min(num_steps, max_steps)
+    most = max_steps if num_steps is None else num_steps
     wanted = min(max(round(math.sqrt(most * ratio)), 1), most)
     return _full_pages(wanted, num_steps, is_limit=False)
 
@@ -192,7 +192,7 @@ class StochasticAdjoint(diffrax.AbstractAdjoint):
         if self.store_all and issubclass(type(solver), ReversibleHeun):
             # The state between two steps is known where a page starts.
             steps_per_page = 1
-            snapshot_every = pages_between_looks(steps_per_page, num_steps)
+            snapshot_every = steps_between_looks(num_steps)
         elif self.store_all:
             steps_per_page = functools.partial(_pages_of_kept_steps, num_steps)
             snapshot_every = None

@@ -236,7 +236,7 @@ def _differentiable_bwd(_, grad_outputs, perturbed, arrays, *, call, axes):
         rule = jax.vmap(
             rule,
             in_axes=(list(axis.dims), [dim for dim, b in pairs if b]),
-            out_axes=tuple(jtu.tree_unflatten(call.treedef, axis.dims)[:2]),
+            out_axes=jtu.tree_unflatten(call.treedef, axis.dims)[:2],
             axis_size=axis.size,
             axis_name=name,
         )

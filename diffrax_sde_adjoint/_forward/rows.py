@@ -19,18 +19,20 @@ def loop_over_rows(
     cond_fun: Callable[[_Carry], Bool[Array, ""]],
     body_fun: Callable[[_Carry], tuple[_Carry, _Rows]],
     init: _Carry,
-    rows: _Rows,
+    empty: Callable[[], _Rows],
     *,
     index: Callable[[_Carry], IntScalarLike],
     length: int | None,
     buffers: Callable[[_Carry], PyTree[Array]] = lambda carry: (),
 ) -> tuple[_Carry, _Rows]:
-    """`body_fun`, which takes and returns what is carried, and a row that is written to
-    `rows`: as long as `cond_fun` holds, row `index` of what is carried. If it is known
-    that rows `0`, ..., `length - 1` are all that is written, and there are no others,
-    the loop is a `lax.scan`: with `jax.vmap`, this keeps the rows of a batch together,
-    where other loops keep those of an element. Of what is carried, `buffers` are
-    written in place.
+    """Calls `body_fun` while `cond_fun` holds, both of what is carried. `body_fun` also
+    returns a row, which is written to row `index` of arrays that are `empty` at first.
+    Of what is carried, `buffers` are written in place.
+
+    If it is known that rows `0`, ..., `length - 1` are written, and there are no
+    others, none of the rest is used. The loop is then a `lax.scan`, which with
+    `jax.vmap` keeps a row of all elements together. Other loops keep all rows of an
+    element together, and write a row in as many pieces as there are elements.
     """
     if length is not None:
         init = jtu.tree_map(jnp.asarray, init)
@@ -45,7 +47,7 @@ def loop_over_rows(
     return while_loop(
         lambda val: cond_fun(val[0]),
         write_row,
-        (init, rows),
+        (init, empty()),
         buffers=lambda val: (buffers(val[0]), val[1]),
         kind="lax",
     )
@@ -55,3 +57,8 @@ def set_row(rows: _Rows, i: IntScalarLike, row: _Rows) -> _Rows:
     """`rows`, with `row` written to row `i`."""
     # The new tree goes first, as buffers are trees themselves.
     return jtu.tree_map(lambda x, xs: xs.at[i].set(x), row, rows)
+
+
+def repeated(row: _Rows, num: int) -> _Rows:
+    """Rows that are all `row`."""
+    return jtu.tree_map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), row)

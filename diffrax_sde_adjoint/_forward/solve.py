@@ -153,7 +153,9 @@ def prepare(
             kwargs["args"],
         )
         init_state = dataclasses.replace(init_state, solver_state=solver_state)
-    if has_event or not never_fails(solver):
+    max_steps = kwargs["max_steps"]
+    too_many = num_steps is not None and max_steps is not None and num_steps > max_steps
+    if has_event or too_many or not never_fails(solver):
         num_steps = None
     changed = dict(solver=solver, init_state=init_state, num_steps=num_steps)
     return {**kwargs, **changed, "terms": terms}
@@ -313,7 +315,7 @@ def _make_recorder(
         return made
 
     return _Recorder(
-        num_steps if num_steps is None or num_steps <= max_steps else None,
+        num_steps,
         steps_per_page,
         recording.snapshot_every,
         may_have_gaps,

@@ -4,9 +4,9 @@ That is when its accepted steps were made, one number a step (or two, where the 
 size controller may leave gaps between steps); and, if wanted, snapshots of the solve.
 Everything else about it can be found again from these and its end.
 
-The tape is cut into pages, with a snapshot at the start of each, and both the forward
-loop and the sweep are two nested loops: over pages, and over the steps of a page. Where
-there are no snapshots this is for speed only, of small solves on a CPU: see
+The tape is cut into pages, and both the forward loop and the sweep are two nested
+loops: over pages, and over the steps of a page. Snapshots are at the start of pages.
+Where there are none this is for speed only, of small solves on a CPU: see
 `docs/how_it_works/small_loops.md`.
 """
 
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from .._compat import BoolScalarLike, RealScalarLike, State, Y, while_loop
 from .._misc import in_scope, zeros_like
-from .rows import loop_over_rows, set_row
+from .rows import loop_over_rows, repeated, set_row
 
 
 # What is carried from step to step: the state of the solve, the end of the last
@@ -186,10 +186,9 @@ def loop_and_record(
     be written, as this is looked at for elements of a batch that made none.
     """
     num_pages = max(1, math.ceil((num_steps or max_steps) / steps_per_page))
-    first = no_step = None
+    no_step = None
     if first_step is not None:
         no_step = zeros_like(eqx.filter_eval_shape(first_step, init_state))
-        first = first_step(init_state) if num_steps is None else no_step
 
     def make_step(state):
         if first_step is None:
@@ -199,72 +198,84 @@ def loop_and_record(
         solver_state, made = new_state.solver_state
         return _with_solver_state(new_state, solver_state), made
 
+    every = snapshot_every or 1
+    is_sparse = every > 1
+    assert num_steps is not None or not is_sparse
+
     def get_snapshot(state):
         if snapshot_every is None:
             return None
         return SolveState(state.y, state.solver_state)
 
-    is_sparse = snapshot_every is not None and snapshot_every > 1
-
     def is_running(state):
         return cond_fun(state) & (state.num_steps < max_steps)
 
     def fill_page(val):
-        state, prev_t1, (largest_y, largest_change), few = val
-        i = state.num_accepted_steps // steps_per_page
+        state, prev_t1, (largest_y, largest_change), sparse = val
         snapshot, page_start = get_snapshot(state), prev_t1
         if is_sparse:
             # Of all that are written to a row, the last one stays.
-            few = set_row(few, -(-i // snapshot_every), snapshot)
+            i = state.num_accepted_steps // steps_per_page
+            sparse = set_row(sparse, -(-i // every), snapshot)
         (state, prev_t1, largest_y), (starts, ends, made) = _take_steps(
             is_running,
             make_step,
             (state, prev_t1, largest_y),
-            _empty(prev_t1, (steps_per_page,), may_have_gaps, no_step),
+            lambda: _empty(prev_t1, (steps_per_page,), may_have_gaps, no_step),
             buffers=buffers,
+            may_have_gaps=may_have_gaps,
+            steps_per_page=steps_per_page,
             is_full=are_full(num_steps, steps_per_page),
         )
         ends = jnp.concatenate([page_start[None], ends])
         change = jtu.tree_map(jnp.subtract, state.y, init_state.y)
         largest_change = jtu.tree_map(_larger, largest_change, change)
-        val = (state, prev_t1, (largest_y, largest_change), few)
+        val = (state, prev_t1, (largest_y, largest_change), sparse)
         return val, (starts, ends, made, None if is_sparse else snapshot)
+
+    def empty_pages():
+        starts, ends, made = _empty(
+            init_state.tprev, (num_pages, steps_per_page), may_have_gaps, no_step
+        )
+        if first_step is not None:
+            first = first_step(init_state)
+            made = jtu.tree_map(lambda x, xs: xs.at[0, 0].set(x), first, made)
+        ends = jnp.pad(ends, ((0, 0), (1, 0)), mode="edge")
+        return starts, ends, made, repeated(get_snapshot(init_state), num_pages)
 
     # The loop over pages carries the state of the solve, the end of the last accepted
     # step, the largest size of each entry of the solution and of its change; and
-    # snapshots, if these are few.
+    # snapshots that are not of every page.
+    sparse = None
+    if is_sparse:
+        # The last page may be between two that have one.
+        num = 1 + math.ceil((num_pages - 1) / every)
+        sparse = repeated(get_snapshot(init_state), num)
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
-    starts, ends, made = _empty(
-        init_state.tprev, (num_pages, steps_per_page), may_have_gaps, no_step
-    )
-    ends = jnp.pad(ends, ((0, 0), (1, 0)), mode="edge")
-    made = jtu.tree_map(lambda x, xs: xs.at[0, 0].set(x), first, made)
-    num_snapshots = 1 + -(-(num_pages - 1) // (snapshot_every or 1))
-    snapshots = jtu.tree_map(
-        lambda x: jnp.broadcast_to(x, (num_snapshots, *jnp.shape(x))),
-        get_snapshot(init_state),
-    )
-    few, snapshots = (snapshots, None) if is_sparse else (None, snapshots)
     val, (starts, ends, made, snapshots) = loop_over_rows(
         lambda val: is_running(val[0]),
         fill_page,
-        (init_state, init_state.tprev, init_largest, few),
-        (starts, ends, made, snapshots),
+        (init_state, init_state.tprev, init_largest, sparse),
+        empty_pages,
         index=lambda val: val[0].num_accepted_steps // steps_per_page,
         buffers=lambda val: buffers(val[0]),
         length=None if num_steps is None else num_pages,
     )
-    final_state, _, largest, few = val
+    final_state, _, largest, sparse = val
+    if is_sparse:
+        num = math.ceil(num_pages / every)
+        snapshots = jtu.tree_map(lambda x: x[:num], sparse)
+    num_made = jnp.asarray(final_state.num_accepted_steps)
     tape = Tape(
         ends,
         starts,
-        few if is_sparse else snapshots,
+        snapshots,
         *largest,
-        jnp.asarray(final_state.num_accepted_steps),
+        num_made,
         made,
         num_steps,
-        snapshot_every or 1,
+        every,
     )
     return final_state, tape
 
@@ -287,16 +298,17 @@ def _take_steps(
     is_running: Callable[[State], Bool[Array, ""]],
     make_step: Callable[[State], tuple[State, Any]],
     init_val: _Carry,
-    page: _Rows,
+    empty_page: Callable[[], _Rows],
     *,
     buffers: Callable[[State], Any],
+    may_have_gaps: bool,
+    steps_per_page: int,
     is_full: bool,
 ) -> tuple[_Carry, _Rows]:
     """Takes steps until a page is full."""
     state, *_ = init_val
-    starts, ends, _ = page
-    num_before, steps_per_page = state.num_accepted_steps, len(ends)
-    step = lambda val: _step_and_row(make_step, starts is not None, *val)
+    num_before = state.num_accepted_steps
+    step = lambda val: _step_and_row(make_step, may_have_gaps, *val)
     if steps_per_page == 1:
         # What is written is the page.
         val, row = step(init_val)
@@ -306,7 +318,7 @@ def _take_steps(
         lambda val: is_running(val[0]) & (num_on_page(val) < steps_per_page),
         step,
         init_val,
-        page,
+        empty_page,
         index=num_on_page,
         buffers=lambda val: buffers(val[0]),
         length=steps_per_page if is_full else None,

@@ -16,7 +16,7 @@ from .sweep import Sweep, SweepState
 def pull_back_kept(
     linearized_step: LinearizedStep, sweep: Sweep, page: Page, carry: SweepState
 ) -> SweepState:
-    """Pulls cotangents back through the steps of a page."""
+    """Pulls cotangents back through the steps of a page, and not of a part of one."""
 
     def pull_back(
         k: Int[Array, ""], is_made: BoolScalarLike, made: MadeStep, carry: SweepState
@@ -32,7 +32,7 @@ def pull_back_kept(
         carry = pull_back(jnp.array(0), page.num_steps > 0, made, carry)
     else:
         carry = sweep.backwards(page.num_steps, pull_back, carry, page.made)
+    # Where the worth of a spurious solution is looked at.
     if page.snapshot is None:
         return carry
-    # Where the worth of a spurious solution is looked at.
     return dataclasses.replace(carry, state=page.snapshot)

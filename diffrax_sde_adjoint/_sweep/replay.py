@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from .._autodiff.batched_vjp import maximum
 from .._compat import BoolScalarLike
-from .._forward.rows import loop_over_rows
+from .._forward.rows import loop_over_rows, repeated
 from .._forward.steps import MadeStep, inputs_of_step, linearize_step
 from .._forward.tape import Page, SolveState, Step
 from .._misc import num_bytes, zeros_like
@@ -82,7 +82,7 @@ def replay(sweep: Sweep, page: Page, carry: SweepState) -> SweepState:
             lambda val: val[0] < num_steps,
             make_step,
             (jnp.array(0), page.snapshot),
-            jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), nothing),
+            lambda: repeated(nothing, length),
             index=lambda val: val[0],
             length=num_steps if isinstance(num_steps, int) else None,
         )

@@ -100,9 +100,10 @@ class SweepRule(eqx.Module):
             raise ValueError(
                 "Cannot differentiate `diffeqsolve(..., max_steps=None, "
                 "adjoint=StochasticAdjoint())`, as JAX needs to know how much memory "
-                "to allocate for the times of the steps. Pass a bound as `max_steps`, "
-                "which may be generous: it costs the size of one floating-point number "
-                "a step."
+                "to allocate. Pass a bound as `max_steps`. It may be generous, as it "
+                "costs the size of one floating-point number a step; but with "
+                "`store_all=True` that of all that is kept of a step, unless there are "
+                "constant steps between times that are Python's numbers."
             )
         if recorded.sees_solution:
             raise ValueError(

@@ -41,7 +41,7 @@ from .._forward.records import (
     of_controls,
 )
 from .._forward.return_error import ReturnError
-from .._forward.rows import set_row
+from .._forward.rows import repeated, set_row
 from .._forward.saved import Position
 from .._forward.steps import MadeStep
 from .._forward.tape import Page, SolveState, Step, Tape
@@ -61,7 +61,8 @@ PullBack = Callable[[Any, Parameters], tuple[Parameters, Any]]
 
 class SweepState(eqx.Module):
     """What a sweep carries: the state of the solve at the left end of a step, up to
-    rounding (on a page, the ways for reversible Heun have it in other forms); the time
+    rounding (on a page, the ways for reversible Heun have it in other forms; if steps
+    were kept, it is that of the last snapshot, or of the end of the solve); the time
     at which the step after it starts; how much of what was saved lies further left; the
     cotangents; and, if steps are undone, the error so far, what the spurious solution
     of reversible Heun is worth, and whether all steps could be undone.
@@ -122,8 +123,9 @@ class Sweep(eqx.Module):
 
         def body_and_look(i, is_active, row, carry):
             carry = body(i, is_active, row, carry)
-            known, t, grads = carry.spurious, carry.next_t0, carry.grads.state
-            look = lambda: self._look(known, t, grads.solver_state, carry.state)
+            known = carry.spurious
+            assert known is not None
+            look = lambda: self._look(known, *_note_of(carry), carry.state)
             if every == 1:
                 spurious = look()
             else:
@@ -132,6 +134,8 @@ class Sweep(eqx.Module):
             return dataclasses.replace(carry, spurious=spurious)
 
         if self.tape.parts_per_page > 1:
+            # What was kept is of whole pages.
+            assert self.tape.made is None
             num, rows = num * self.tape.parts_per_page, None
         return self.backwards(num, body_and_look, carry, rows)
 
@@ -143,27 +147,23 @@ class Sweep(eqx.Module):
         """
         every, num = self.tape.snapshot_every, self.tape.num_pages
         assert isinstance(num, int)
-        num_looks = -(-num // every)
-        note_of = lambda carry: (carry.next_t0, carry.grads.state.solver_state)
 
         def body_and_note(i, is_active, row, val):
             carry, notes = val
             carry = body(i, is_active, row, carry)
             # Of all that are written to a row, the last one stays.
-            return carry, set_row(notes, i // every, note_of(carry))
+            return carry, set_row(notes, i // every, _note_of(carry))
 
-        repeat = lambda x: jnp.broadcast_to(x, (num_looks, *jnp.shape(x)))
-        notes = jtu.tree_map(repeat, note_of(carry))
-        val = (carry, notes)
-        carry, (t, grads) = self.backwards(num, body_and_note, val, self.tape.rows)
-        states = jtu.tree_map(lambda x: x[:num_looks], self.tape.snapshots)
+        val = (carry, repeated(_note_of(carry), -(-num // every)))
+        carry, notes = self.backwards(num, body_and_note, val, self.tape.rows)
         look = lambda known, point: (self._look(known, *point), None)
-        spurious, _ = lax.scan(look, carry.spurious, (t, grads, states))
+        points = (*notes, self.tape.snapshots)
+        spurious, _ = lax.scan(look, carry.spurious, points)
         return dataclasses.replace(carry, spurious=spurious)
 
     def _look(
         self,
-        known: Spurious | None,
+        known: Spurious,
         t: RealScalarLike,
         grad_solver_state: PyTree[Any],
         state: SolveState,
@@ -172,8 +172,6 @@ class Sweep(eqx.Module):
         by how much the loss would change if from here on the solver were to start anew,
         with `yhat` at `y`: see `instability.py`.
         """
-
-        assert known is not None
 
         def product(grad, x, x_anew):
             if grad is None:
@@ -195,7 +193,7 @@ class Sweep(eqx.Module):
         num: Int[Array, ""] | int,
         body_fun: Callable[..., Any],
         carry: Any,
-        rows: PyTree[Array] = None,
+        rows: PyTree[Array | None] = None,
     ) -> Any:
         """`body_fun(i, is_active, row, carry)` for `i` of `num - 1`, ..., `0`. It is
         given row `i` of `rows`; and `is_active` is `True`, but in a batch for those
@@ -300,15 +298,17 @@ def _evaluate_controls(
     return evaluate_controls(solver, parameters.terms, step.t0, step.t1)
 
 
-def pages_between_looks(steps_per_page: int, num_steps: int | None) -> int:
-    """From one look at what the spurious solution is worth to the next, such that there
-    is one half-way in a short solve; or one page, if it is not known how many steps
-    there will be.
+def _note_of(carry: SweepState) -> tuple[RealScalarLike, PyTree[Any]]:
+    """What a look needs of the sweep."""
+    return carry.next_t0, carry.grads.state.solver_state
+
+
+def steps_between_looks(num_steps: int | None) -> int:
+    """From one look at what the spurious solution is worth to the next, where pages are
+    single steps. There is one half-way in a short solve. All steps are looked at, or
+    asked whether to, if it is not known how many there are.
     """
-    if num_steps is None:
-        return 1
-    num_pages = -(-num_steps // steps_per_page)
-    return max(1, min(_steps_between_looks // steps_per_page, num_pages // 2))
+    return 1 if num_steps is None else max(1, min(_steps_between_looks, num_steps // 2))
 
 
 def arrive(carry: SweepState, known: SolveState) -> SweepState:

@@ -162,6 +162,8 @@ def test_steps_of_a_batch_are_kept_together():
     for solver in (ReversibleHeun(), diffrax.Heun(), diffrax.Tsit5()):
         assert kept(True, solver, stored) == {"6x11"}
     assert kept(True, diffrax.Heun(), StochasticAdjoint(checkpoint_every=1)) == {"6x11"}
+    # One page, of which it makes all steps again.
+    assert kept(True, diffrax.Heun(), StochasticAdjoint(checkpoint_every=6)) == {"6x11"}
     # What this looks for is there if the number of steps is not known.
     assert kept(False, diffrax.Heun(), stored) == {"11x6"}
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import by_default_unless
 
 from diffrax_sde_adjoint import BrownianInterval, ReversibleHeun, StochasticAdjoint
 from diffrax_sde_adjoint._adjoint import _full_pages
 from diffrax_sde_adjoint._forward.controllers import known_num_steps
 from diffrax_sde_adjoint._solver import never_fails
+from diffrax_sde_adjoint._sweep.sweep import Sweep
 
 
 constant = diffrax.ConstantStepSize()
@@ -110,7 +112,9 @@ def test_full_pages(is_limit):
             )
 
 
-def solve(y0, key, *, solver, adjoint, num_steps, event=None, throw=True):
+def solve(
+    y0, key, *, solver, adjoint, num_steps, event=None, throw=True, max_steps=4096
+):
     dt = 1 / num_steps
     path = BrownianInterval(0.0, 1.0, (), key, dt=dt)
     sol = diffrax.diffeqsolve(
@@ -126,6 +130,7 @@ def solve(y0, key, *, solver, adjoint, num_steps, event=None, throw=True):
         event=event,
         adjoint=adjoint,
         throw=throw,
+        max_steps=max_steps,
     )
     return sol.ys[-1], sol.stats["num_steps"]
 
@@ -171,6 +176,69 @@ def test_gradient(solver, adjoint, num_steps):
     expected = gradient(solver, diffrax.RecursiveCheckpointAdjoint(), num_steps)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", by_default_unless(lambda name: name != "undone, kept", _ways)
+)
+def test_fewer_steps_are_allowed(name):
+    solver, adjoint = _ways[name]
+
+    def gradient(adjoint):
+        loss = lambda y0: solve(
+            y0,
+            jr.key(0),
+            solver=solver,
+            adjoint=adjoint,
+            num_steps=30,
+            throw=False,
+            max_steps=20,
+        )
+        return jax.jit(jax.grad(loss, has_aux=True))(0.3)
+
+    actual, num_steps = gradient(adjoint)
+    expected, _ = gradient(diffrax.RecursiveCheckpointAdjoint())
+    assert num_steps == 20
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_looks_at_what_is_spurious(monkeypatch):
+    """Where the state was kept, in a long solve where they would be if the number of
+    steps were not known.
+    """
+    look, looks = Sweep._look, []
+
+    def look_and_tell(sweep, known, t, grad, state):
+        new = look(sweep, known, t, grad, state)
+        nothing = eqx.tree_at(lambda x: x.worth, known, jnp.zeros(()))
+        worth = look(sweep, nothing, t, grad, state).worth
+        jax.debug.callback(lambda *x: looks.append(np.array(x)), t, state.y, worth)
+        return new
+
+    monkeypatch.setattr(Sweep, "_look", look_and_tell)
+
+    def looks_of(dt):
+        def loss(y0, dt):
+            path = BrownianInterval(0.0, 1.0, (), jr.key(0), dt=dt)
+            terms = diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: jnp.sin(3 * y)),
+                diffrax.ControlTerm(lambda t, y, args: 0.3 * jnp.cos(y), path),
+            )
+            adjoint = StochasticAdjoint(store_all=True)
+            return diffrax.diffeqsolve(
+                terms, ReversibleHeun(), 0.0, 1.0, dt, y0, adjoint=adjoint
+            ).ys[-1]
+
+        looks.clear()
+        eqx.filter_jit(jax.grad(loss))(0.3, dt)
+        jax.effects_barrier()
+        return np.array(sorted(map(tuple, looks)))
+
+    known = looks_of(1 / 40)
+    np.testing.assert_allclose(known[:, 0], [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(known, looks_of(jnp.array(1 / 40)), atol=1e-12)
+    np.testing.assert_allclose(looks_of(1 / 13)[:, 0], [0, 6 / 13, 12 / 13])
 
 
 @pytest.mark.slow

@@ -206,26 +206,32 @@ def test_snapshots():
 
 
 @pytest.mark.parametrize(
-    "steps_per_page,snapshot_every",
-    ((1, None), (1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (4, 1), (7, None)),
+    "accepted,gaps,steps_per_page,snapshot_every",
+    (
+        ("oooooo", False, 1, None),
+        ("oooooo", False, 1, 2),
+        ("ooooooo", False, 1, 3),
+        ("oooooo", False, 2, 2),
+        ("oojooo", True, 3, 1),
+        ("oojooo", True, 4, 1),
+        ("oooooo", False, 7, None),
+        ("o", False, 1, 1),
+        ("o", False, 3, 1),
+    ),
 )
-def test_known_number_of_steps(steps_per_page, snapshot_every):
+def test_known_number_of_steps(accepted, gaps, steps_per_page, snapshot_every):
     """The same tape, on pages that are full, or not all, and with fewer snapshots."""
-    attempts = make_attempts("oooooo")
-    state, dense = run(attempts, False, 1, steps_per_page, 6)
-    known_state, tape = run(attempts, False, snapshot_every, steps_per_page, 6, 6)
+    attempts, num = make_attempts(accepted, gaps), len(accepted)
+    state, dense = run(attempts, gaps, 1, steps_per_page, num)
+    known_state, tape = run(attempts, gaps, snapshot_every, steps_per_page, num, num)
     assert_equal(known_state.y, state.y)
     assert_equal(tape.largest_y, dense.largest_y)
     assert_equal(tape.largest_change, dense.largest_change)
     assert_equal(tape.ends[:, 0], dense.ends[:, 0])
-    assert_has(tape, "oooooo", attempts)
-    if snapshot_every is None:
-        assert tape.snapshots is None
-    else:
-        # At the start of every so many pages.
-        some = jtu.tree_map(lambda x: x[::snapshot_every], dense.snapshots)
-        num_some = len(range(0, len(dense.ends), snapshot_every))
-        assert_equal(jtu.tree_map(lambda x: x[:num_some], tape.snapshots), some)
+    assert_has(tape, accepted, attempts)
+    # At the start of every so many pages.
+    some = jtu.tree_map(lambda x: x[:: snapshot_every or 1], dense.snapshots)
+    assert_equal(tape.snapshots, None if snapshot_every is None else some)
 
 
 @pytest.mark.parametrize("accepted", ("", "o", "oo", "o.ooo.oo"))
