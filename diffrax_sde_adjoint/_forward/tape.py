@@ -13,7 +13,7 @@ Where there are none this is for speed only, of small solves on a CPU: see
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -163,6 +163,74 @@ def are_full(num_steps: int | None, steps_per_page: int) -> bool:
     return num_steps is not None and num_steps % steps_per_page == 0
 
 
+class _Layout(NamedTuple):
+    """Of the pages of a tape. `no_step` is what is kept of one step, as zeros."""
+
+    num_pages: int
+    steps_per_page: int
+    snapshot_every: int | None
+    may_have_gaps: bool
+    no_step: PyTree[Array] | None
+
+    def empty(self, t: RealScalarLike, *shape: int) -> _Rows:
+        """Places for steps. All are at `t`, as in a batch a step is made there for
+        elements that made none.
+        """
+        times = jnp.full(shape, t)
+        zeros = lambda x: jnp.zeros((*shape, *x.shape), x.dtype)
+        made = jtu.tree_map(zeros, self.no_step)
+        return times if self.may_have_gaps else None, times, made
+
+    def empty_page(self, t: RealScalarLike) -> _Rows:
+        return self.empty(t, self.steps_per_page)
+
+    def empty_pages(
+        self, init_state: State, first_step: Callable[[State], Any] | None
+    ) -> tuple[Any, ...]:
+        t0, num = init_state.tprev, self.num_pages
+        starts, ends, made = self.empty(t0, num, self.steps_per_page)
+        ends = jnp.pad(ends, ((0, 0), (1, 0)), mode="edge")
+        if first_step is not None:
+            first = first_step(init_state)
+            made = jtu.tree_map(lambda x, xs: xs.at[0, 0].set(x), first, made)
+        return starts, ends, made, repeated(self.snapshot(init_state), num)
+
+    def snapshot(self, state: State) -> SolveState | None:
+        """What is written of the start of each page."""
+        if self.snapshot_every is None or self.is_sparse:
+            return None
+        return SolveState(state.y, state.solver_state)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether snapshots are not of all pages. Then the loop over pages carries
+        them, and a place for one more.
+        """
+        return self.every > 1
+
+    @property
+    def every(self) -> int:
+        return self.snapshot_every or 1
+
+    def sparse_snapshots(self, init_state: State) -> SolveState | None:
+        if not self.is_sparse:
+            return None
+        init = SolveState(init_state.y, init_state.solver_state)
+        return repeated(init, 1 + math.ceil(self.num_pages / self.every))
+
+    def set_sparse(
+        self, snapshots: SolveState | None, state: State
+    ) -> SolveState | None:
+        """With the state at the start of a page. What is written to one place last, and
+        so stays, is that of a page of which there is to be a snapshot.
+        """
+        if not self.is_sparse:
+            return None
+        page = state.num_accepted_steps // self.steps_per_page
+        snapshot = SolveState(state.y, state.solver_state)
+        return set_row(snapshots, -(-page // self.every), snapshot)
+
+
 @in_scope("forward_solve")
 def loop_and_record(
     cond_fun: Callable[[State], Bool[Array, ""]],
@@ -185,130 +253,87 @@ def loop_and_record(
     carried there, as it is large. What would be kept of a `first_step` is the first to
     be written, as this is looked at for elements of a batch that made none.
     """
-    num_pages = max(1, math.ceil((num_steps or max_steps) / steps_per_page))
     no_step = None
     if first_step is not None:
         no_step = zeros_like(eqx.filter_eval_shape(first_step, init_state))
-
-    def make_step(state):
-        if first_step is None:
-            return body_fun(state), None
-        # It does not look at the step before.
-        new_state = body_fun(_with_solver_state(state, (state.solver_state, no_step)))
-        solver_state, made = new_state.solver_state
-        return _with_solver_state(new_state, solver_state), made
-
-    every = snapshot_every or 1
-    is_sparse = every > 1
-    assert num_steps is not None or not is_sparse
-
-    def get_snapshot(state):
-        if snapshot_every is None:
-            return None
-        return SolveState(state.y, state.solver_state)
-
-    def is_running(state):
-        return cond_fun(state) & (state.num_steps < max_steps)
+    num_pages = max(1, math.ceil((num_steps or max_steps) / steps_per_page))
+    layout = _Layout(num_pages, steps_per_page, snapshot_every, may_have_gaps, no_step)
+    assert num_steps is not None or not layout.is_sparse
+    is_running = lambda state: cond_fun(state) & (state.num_steps < max_steps)
+    make_step = _making_steps(body_fun, no_step)
 
     def fill_page(val):
         state, prev_t1, (largest_y, largest_change), sparse = val
-        snapshot, page_start = get_snapshot(state), prev_t1
-        if is_sparse:
-            # Of all that are written to a row, the last one stays.
-            i = state.num_accepted_steps // steps_per_page
-            sparse = set_row(sparse, -(-i // every), snapshot)
+        page_start, snapshot = prev_t1, layout.snapshot(state)
+        sparse = layout.set_sparse(sparse, state)
         (state, prev_t1, largest_y), (starts, ends, made) = _take_steps(
             is_running,
             make_step,
             (state, prev_t1, largest_y),
-            lambda: _empty(prev_t1, (steps_per_page,), may_have_gaps, no_step),
+            layout,
             buffers=buffers,
-            may_have_gaps=may_have_gaps,
-            steps_per_page=steps_per_page,
             is_full=are_full(num_steps, steps_per_page),
         )
         ends = jnp.concatenate([page_start[None], ends])
         change = jtu.tree_map(jnp.subtract, state.y, init_state.y)
         largest_change = jtu.tree_map(_larger, largest_change, change)
         val = (state, prev_t1, (largest_y, largest_change), sparse)
-        return val, (starts, ends, made, None if is_sparse else snapshot)
-
-    def empty_pages():
-        starts, ends, made = _empty(
-            init_state.tprev, (num_pages, steps_per_page), may_have_gaps, no_step
-        )
-        if first_step is not None:
-            first = first_step(init_state)
-            made = jtu.tree_map(lambda x, xs: xs.at[0, 0].set(x), first, made)
-        ends = jnp.pad(ends, ((0, 0), (1, 0)), mode="edge")
-        return starts, ends, made, repeated(get_snapshot(init_state), num_pages)
+        return val, (starts, ends, made, snapshot)
 
     # The loop over pages carries the state of the solve, the end of the last accepted
     # step, the largest size of each entry of the solution and of its change; and
-    # snapshots that are not of every page.
-    sparse = None
-    if is_sparse:
-        # The last page may be between two that have one.
-        num = 1 + math.ceil((num_pages - 1) / every)
-        sparse = repeated(get_snapshot(init_state), num)
+    # snapshots, if these are sparse.
     init_largest_y = jtu.tree_map(jnp.abs, init_state.y)
     init_largest = (init_largest_y, jtu.tree_map(jnp.zeros_like, init_largest_y))
+    sparse = layout.sparse_snapshots(init_state)
     val, (starts, ends, made, snapshots) = loop_over_rows(
         lambda val: is_running(val[0]),
         fill_page,
         (init_state, init_state.tprev, init_largest, sparse),
-        empty_pages,
+        lambda: layout.empty_pages(init_state, first_step),
         index=lambda val: val[0].num_accepted_steps // steps_per_page,
         buffers=lambda val: buffers(val[0]),
         length=None if num_steps is None else num_pages,
     )
     final_state, _, largest, sparse = val
-    if is_sparse:
-        num = math.ceil(num_pages / every)
-        snapshots = jtu.tree_map(lambda x: x[:num], sparse)
+    if layout.is_sparse:
+        snapshots = jtu.tree_map(lambda x: x[:-1], sparse)
     num_made = jnp.asarray(final_state.num_accepted_steps)
     tape = Tape(
-        ends,
-        starts,
-        snapshots,
-        *largest,
-        num_made,
-        made,
-        num_steps,
-        every,
+        ends, starts, snapshots, *largest, num_made, made, num_steps, layout.every
     )
     return final_state, tape
 
 
-def _empty(
-    t: RealScalarLike,
-    shape: tuple[int, ...],
-    may_have_gaps: bool,
-    no_step: PyTree[Array],
-) -> _Rows:
-    """Places for steps. All are at `t`, as in a batch a step is made there for elements
-    that made none.
-    """
-    times = jnp.full(shape, t)
-    made = jtu.tree_map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), no_step)
-    return times if may_have_gaps else None, times, made
+def _making_steps(
+    body_fun: Callable[[State], State], no_step: PyTree[Array] | None
+) -> Callable[[State], tuple[State, PyTree[Array] | None]]:
+    """`body_fun`, which also returns what is kept of the step that it makes."""
+
+    def make_step(state):
+        if no_step is None:
+            return body_fun(state), None
+        # It does not look at the step before.
+        new_state = body_fun(_with_solver_state(state, (state.solver_state, no_step)))
+        solver_state, made = new_state.solver_state
+        return _with_solver_state(new_state, solver_state), made
+
+    return make_step
 
 
 def _take_steps(
     is_running: Callable[[State], Bool[Array, ""]],
     make_step: Callable[[State], tuple[State, Any]],
     init_val: _Carry,
-    empty_page: Callable[[], _Rows],
+    layout: _Layout,
     *,
     buffers: Callable[[State], Any],
-    may_have_gaps: bool,
-    steps_per_page: int,
     is_full: bool,
 ) -> tuple[_Carry, _Rows]:
     """Takes steps until a page is full."""
-    state, *_ = init_val
-    num_before = state.num_accepted_steps
-    step = lambda val: _step_and_row(make_step, may_have_gaps, *val)
+    state, prev_t1, _ = init_val
+    num_before, steps_per_page = state.num_accepted_steps, layout.steps_per_page
+    step = lambda val: _step_and_row(make_step, layout.may_have_gaps, *val)
     if steps_per_page == 1:
         # What is written is the page.
         val, row = step(init_val)
@@ -318,7 +343,7 @@ def _take_steps(
         lambda val: is_running(val[0]) & (num_on_page(val) < steps_per_page),
         step,
         init_val,
-        empty_page,
+        lambda: layout.empty_page(prev_t1),
         index=num_on_page,
         buffers=lambda val: buffers(val[0]),
         length=steps_per_page if is_full else None,
